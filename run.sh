@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# From a bare machine to a result. Needs Python 3.10+ and, the first time, a package index (about 2 GB, one minute).
+#   laptop or any 2 cores, no GPU:  bash run.sh countdown    the shipped tiny model, minutes
+#   one GPU of 40 GB or more:       bash run.sh countdown    LLaDA-8B-Instruct, hours; --model lab/tiny for the above
+# Everything goes into .venv and runs/ beside this file. Further flags pass through: bash run.sh countdown --seed 1
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+menu() {
+    cat <<'MENU'
+bash run.sh COMMAND [flags]           times on 2 CPU cores with the tiny model
+
+  countdown        train on Countdown: three numbers, one target            about 3 minutes
+  sudoku           train on 4x4 Sudoku                                      about 4 minutes
+  gsm8k, math      train on word problems (needs a GPU of 40 GB or --model)
+  eval             evaluate a model or --adapter runs/countdown/adapter     seconds
+  watch            one problem, denoised step by step in the terminal       seconds
+  kernels          check the Triton kernel; benchmark it if there is a GPU  seconds
+  tiny             make the tiny model in lab/tiny again                    1 hour on one core
+  test             every test                                               about 4 minutes
+
+  python agrpo.py --help lists all flags (after the first command: .venv/bin/python)
+MENU
+}
+
+setup() {  # once, and again only when requirements.txt changes
+    local stamp=.venv/.installed want
+    want=$(cksum < requirements.txt)
+    if [ "$(cat "$stamp" 2>/dev/null || true)" != "$want" ]; then
+        echo "setting up .venv (once) ..."
+        "${PYTHON:-python3}" -m venv .venv
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+        echo "$want" > "$stamp"
+    fi
+}
+
+command=${1:-menu}
+[ $# -gt 0 ] && shift
+python=.venv/bin/python
+case $command in
+    menu|help|-h|--help) menu ;;
+    test)    setup; exec $python -m pytest -q test_agrpo.py lab/tests "$@" ;;
+    eval)    setup; exec $python agrpo.py --mode eval "$@" ;;
+    watch)   setup; exec $python lab/watch.py "$@" ;;
+    kernels) setup; exec $python kernels.py "$@" ;;
+    tiny)    setup; exec $python lab/make_tiny.py "$@" ;;
+    -*)      echo "run.sh: the first word is a command, not a flag; bash run.sh lists them" >&2; exit 2 ;;
+    *)       setup; exec $python agrpo.py --task "$command" "$@" ;;
+esac
