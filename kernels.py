@@ -34,6 +34,7 @@ import torch
 if __name__ == "__main__" and not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"   # Triton reads it when it is first imported, so: before that
 
+# transformers looks for a package named `kernels`, and finds and imports this file: nothing may happen here.
 try:
     import triton
     import triton.language as tl
@@ -174,8 +175,10 @@ class _Fused(torch.autograd.Function):
         return logp, H
 
     @staticmethod
-    @torch.autograd.function.once_differentiable                 # a second derivative: an error, not a wrong number
     def backward(ctx, g_logp, g_H):
+        if torch.is_grad_enabled():                              # PyTorch would silently take it for constant
+            raise RuntimeError("backward with create_graph=True: this kernel has no second derivative; "
+                               "use impl='reference'")
         # If only one result was used, PyTorch passes zeros for the other. `.contiguous()`: the gradient
         # of `.sum()` arrives as a single number with stride 0.
         logits, labels, positions, *saved = ctx.saved_tensors
@@ -269,10 +272,9 @@ def support_logprobs_and_entropy(logits, support, labels, temperature=1.0):
     if logits.dim() != 2 or support.dim() != 2 or not logits.shape[:1] == support.shape[:1] == labels.shape:
         shapes = ", ".join(str(list(t.shape)) for t in (logits, support, labels))
         raise ValueError(f"logits, support, labels are {shapes}; expected [N, V], [N, S], [N]")
-    used = support >= 0
     # Unused slots read token 0 and are then -inf, which has probability 0 and gradient 0.
-    x = logits.gather(1, support.long().clamp(min=0)).masked_fill(~used, -torch.inf)      # [N, S]
-    is_label = used & (support == labels.unsqueeze(1))
+    x = logits.gather(1, support.long().clamp(min=0)).masked_fill(support < 0, -torch.inf)    # [N, S]
+    is_label = support == labels.unsqueeze(1)
     slot = is_label.int().argmax(1)                      # where in the support the label is; 0 if nowhere
     logp, H = logprobs_and_entropy_reference(x, slot, temperature=temperature)
     return logp.masked_fill(~is_label.any(1), -torch.inf), H

@@ -172,7 +172,7 @@ def to_postfix(text):
             if token == "(" or token not in ")+-*/":
                 if after_operand:
                     return None  # two numbers in a row
-                (stack if token == "(" else output).append(token)
+                (stack if token == "(" else output).append(token.lstrip("0") or "0")
                 after_operand = token != "("
             elif not after_operand:
                 return None  # an operator or ")" where a number belongs: 5--3, ()
@@ -223,7 +223,7 @@ def grade_countdown(text, example):
         return graded(0.5, 0, "not an expression of integers, + - * / ( )", answer)
     # Numbers are compared as text: Python refuses to make an int of 4,301 digits. After this test the expression has
     # only the problem's numbers, so that evaluating it is quick.
-    used, given = Counter(t.lstrip("0") or "0" for t in postfix if t not in RANK), Counter(map(str, example["nums"]))
+    used, given = Counter(token for token in postfix if token not in RANK), Counter(map(str, example["nums"]))
     if used != given:
         unused, extra = list((given - used).elements()), list((used - given).elements())
         reason = f"number {unused[0]} unused" if unused else f"number {extra[0][:20]} not given, or used too often"
@@ -383,9 +383,9 @@ INTEGER = r"((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+))"
 NUMBER = re.compile(rf"""\${{0,2}} ([+-]?) \$? \s* (?:
     \\[dt]?frac \s* \{{ \s*{INTEGER}\s* \}} \s* \{{ \s*{INTEGER}\s* \}}                     # \frac{{36}}{{2}}
     | {INTEGER} \s* / \s* {INTEGER}                                                         # 36/2
-    | {INTEGER}? (\.[0-9]*)? )                                                              # 18, 18., 1,000.5, .5
+    | {INTEGER}? (\.[0-9]+)? )                                                              # 18, 1,000.5, .5
     \s* %? (?: \s*\\text\{{\s*([A-Za-z]+)\s*\}} | \s+([A-Za-z]+) | ([A-Za-z]{{2,}}) )?      # one unit: dollars, km
-    \.? \${{0,2}} \.?""", re.VERBOSE)
+    (?: \.? \${{0,2}} | \${{1,2}} \.)""", re.VERBOSE)
 NOT_UNITS = set("k dozen hundred thousand million billion trillion squared cubed factorial or and not to".split())
 
 
@@ -396,7 +396,7 @@ def to_number(text):
     if match is None or any(word and word.lower() in NOT_UNITS for word in match.groups()[-3:]):
         return None
     sign, top, bottom, top2, bottom2, integer, decimals = ((part or "").replace(",", "") for part in match.groups()[:7])
-    top, bottom = (top or top2, bottom or bottom2) if top or top2 else (f"{integer}{decimals}".rstrip("."), "1")
+    top, bottom = (top or top2, bottom or bottom2) if top or top2 else (integer + decimals, "1")
     return Fraction(sign + top) / int(bottom) if top and int(bottom) else None
 
 

@@ -29,7 +29,9 @@ ANSWER_SECONDS = 2.0  # and of one answer in it, so that one bad answer does not
 
 def plain(tex):
     """A formula as text without layout: spaces, dollars, degrees, \\left, a full stop; \\frac for \\dfrac."""
-    tex = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\[!,;: ]|\\?\$|\^(?:\\circ|\{\\circ\})|\s", "", tex)
+    tex = re.sub(r"(\\\\)|\\[,;: ]|~", lambda space: space[1] or " ", tex)  # a double one starts a row of a matrix
+    tex = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\!|\\?\$|\^(?:\\circ|\{\\circ\})", "", tex)
+    tex = re.sub(r"(?<![0-9]) | (?![0-9])", "", " ".join(tex.split()))  # "1 2" is not 12
     return re.sub(r"\\[dt]frac", r"\\frac", tex).rstrip(".")
 
 

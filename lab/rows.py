@@ -16,11 +16,11 @@ class TaskError(ValueError):
     """A mistake the caller can mend, in one sentence that names the flag or the file and says what to do."""
 
 
-def read_file(split, file, hub=(None, None, None)):
+def read_file(split, file, hub=None):
     """JSONL, CSV (all text, so leading zeros stay), or a folder."""
     path, name = Path(file), f"--{split}-file {file}"
     if path.is_dir():
-        return folder_rows(path, name, split, *hub[1:])
+        return folder_rows(path, name, split, *(hub or (None, None, None))[1:])
     if not path.exists():
         raise TaskError(f"{name} does not exist: give a .jsonl or .csv file or a folder saved by datasets")
     if path.suffix not in (".jsonl", ".json", ".csv"):
@@ -55,7 +55,7 @@ def csv_rows(path, name):
             yield f"line {reader.line_num}", row
 
 
-def folder_rows(path, name, split, configuration=None, hub_split=None):
+def folder_rows(path, name, split, configuration, hub_split):
     """A folder of save_to_disk, or a copy of the hub's: data files, perhaps in a folder for each configuration."""
     import datasets
     if configuration and (path / configuration).is_dir():
