@@ -277,64 +277,63 @@ def rollout(policy, q, q_mask, *, C, m, block_length, mask_id, eos_id, temperatu
     A row whose whole block came out as EOS is finished: the rest is EOS, and the row leaves the batch. Nothing was
     drawn there, so dropping those steps is exact. EOS tokens the model did draw are actions like any other.
     """
-    B, (T, W) = q.shape[0], (steps_per_block(C, m, block_length), C // m)
+    B, T, W = q.shape[0], steps_per_block(C, m, block_length), C // m            # T steps a block, W tokens a step
     if unmasking not in ("random", "entropy", "max_prob", "low_confidence"):
         raise ValueError(f"--unmasking {unmasking} is unknown: choose random, entropy, max_prob or low_confidence")
-    everywhere = unmasking == "low_confidence"
-    S = block_length if everywhere and score_discarded else W                    # slots per step
-    dev = q.device
+    everywhere, dev = unmasking == "low_confidence", q.device
     o, step_of = q.new_full((B, C), mask_id), q.new_full((B, C), m)
-    pos, tok = q.new_full((B, m, S), -1), q.new_zeros((B, m, S))
-    logp_old = entropy = support = None                                          # dtype and width: the first step's
     order = rand(B, C).to(dev)                                                   # random unmasking: smallest first
-    u = rand(B, m, block_length if everywhere else W).to(dev)
-    row, n = torch.arange(B, device=dev), q.new_zeros(B)                         # row (A,): rows still writing
+    u = rand(B, m, block_length if everywhere else W).to(dev)                    # one uniform per token drawn
+    row, n, actions = torch.arange(B, device=dev), q.new_zeros(B), []            # row (A,): rows still writing
     for t in range(m):
         block = slice(t // T * block_length, (t // T + 1) * block_length)
         if t % T == 0 and t > 0:                                                 # a block was finished: who is done?
-            last = slice(block.start - block_length, block.start)
-            done = (o[row, last] == eos_id).all(dim=1)
+            done = (o[row, block.start - block_length:block.start] == eos_id).all(dim=1)
             o[row[done], block.start:] = eos_id
             row = row[~done]
-        A = len(row)
-        if A == 0:
+        if len(row) == 0:
             break
-        here = (step_of[row, block] == m).nonzero()[:, 1].view(A, -1) + block.start     # (A, c) still masked
+        A = len(row)
+        at = (step_of[row, block] == m).nonzero()[:, 1].view(A, -1) + block.start          # (A, c) still masked
         if unmasking == "random":                                                # positions first, then only those
-            here = here.gather(1, order[row].gather(1, here).argsort(dim=1)[:, :W])     # (A, W)
-        logits = denoise(policy, q[row], q_mask[row], o[row], here, mask_id)     # (A * c, V)
+            at = at.gather(1, order[row].gather(1, at).argsort(dim=1)[:, :W])    # (A, W)
+        logits = denoise(policy, q[row], q_mask[row], o[row], at, mask_id)       # (A * c, V)
         if unmasking in ("entropy", "max_prob"):
-            best, H = logprobs_and_entropy(logits, logits.argmax(dim=-1))
-            keep = (best if unmasking == "max_prob" else -H).view(A, -1).topk(W, dim=1).indices.sort(dim=1).values
-            c = here.shape[1]
-            logits = logits[(torch.arange(A, device=dev)[:, None] * c + keep).flatten()]
-            here = here.gather(1, keep)                                          # (A, W)
-        c = here.shape[1]
-        a, lp, H, sup = sample_tokens(logits, u[row, t, :c].flatten(), temperature, top_k, top_p)
-        a, lp, H = a.view(A, c), lp.view(A, c), H.view(A, c)
-        keep = torch.arange(c, device=dev).expand(A, c)
-        if everywhere:                                                           # confidence: LLaDA's, at T = 1
-            confidence, _ = logprobs_and_entropy(logits, a.flatten())
+            best, H = logprobs_and_entropy(logits, logits.argmax(dim=-1))        # of softmax(logits), T = 1
+            keep = (best if unmasking == "max_prob" else -H).view(A, -1).topk(W, dim=1).indices       # (A, W)
+            logits = logits.view(*at.shape, -1)[torch.arange(A, device=dev)[:, None], keep].flatten(0, 1)
+            at = at.gather(1, keep)
+        c = at.shape[1]
+        tok, logp, H, support = sample_tokens(logits, u[row, t, :c].flatten(), temperature, top_k, top_p)
+        tok, reveal, scored = tok.view(A, c), slice(None), slice(None)           # all that was drawn, unless
+        if everywhere:
+            confidence, _ = logprobs_and_entropy(logits, tok.flatten())          # LLaDA's: at T = 1
             keep = confidence.view(A, c).topk(W, dim=1).indices
-        at = here.gather(1, keep)                                                # (A, W) positions revealed
-        o[row[:, None], at] = a.gather(1, keep)
-        step_of[row[:, None], at] = t
-        scored = torch.arange(c, device=dev).expand(A, c) if S >= c else keep    # (A, s) slots of the action
-        s = scored.shape[1]
-        if logp_old is None:
-            logp_old, entropy = lp.new_zeros(B, m, S), lp.new_zeros(B, m, S)
-        pos[row, t, :s], tok[row, t, :s] = here.gather(1, scored), a.gather(1, scored)
-        logp_old[row, t, :s], entropy[row, t, :s] = lp.gather(1, scored), H.gather(1, scored)
-        if sup is not None:
-            K = sup.shape[1]
-            if support is None or support.shape[-1] < K:                         # top_p alone: widths differ by step
-                wider = sup.new_full((B, m, S, K), -1)
-                if support is not None:
-                    wider[..., :support.shape[-1]] = support
-                support = wider
-            support[row, t, :s, :K] = sup.view(A, c, K).gather(1, scored[..., None].expand(A, s, K))
+            reveal = (torch.arange(A, device=dev)[:, None], keep)                # only the most confident stay
+            scored = slice(None) if score_discarded else reveal
+        shown = at[reveal]                                                       # (A, W)
+        o[row[:, None], shown], step_of[row[:, None], shown] = tok[reveal], t
+        actions.append((row, t, at[scored], tok[scored], logp.view(A, c)[scored], H.view(A, c)[scored],
+                        None if support is None else support.view(A, c, -1)[scored]))
         n[row] = t + 1
-    return Trajectory(q, q_mask, o, step_of, pos, tok, logp_old, entropy, support, n)
+    S = block_length if everywhere and score_discarded else W
+    return Trajectory(q, q_mask, o, step_of, *pack_actions(actions, B, m, S, dev), n)
+
+
+def pack_actions(actions, B, m, S, device):
+    """Per-step lists of (rows (A,), t, pos, tok, logp, entropy (A, s), support (A, s, K)) -> tensors (B, m, S, ...)."""
+    dtype = actions[0][4].dtype if actions else torch.float32
+    pos, tok = torch.full((B, m, S), -1, device=device), torch.zeros((B, m, S), dtype=torch.long, device=device)
+    logp, entropy = torch.zeros((2, B, m, S), dtype=dtype, device=device)
+    widths = [a[6].shape[-1] for a in actions if a[6] is not None]               # differ if there is only a top_p
+    support = torch.full((B, m, S, max(widths)), -1, dtype=torch.int32, device=device) if widths else None
+    for row, t, *parts, sup in actions:
+        s = parts[0].shape[1]
+        for whole, part in zip((pos, tok, logp, entropy), parts):
+            whole[row, t, :s] = part
+        if sup is not None:
+            support[row, t, :s, :sup.shape[-1]] = sup
+    return pos, tok, logp, entropy, support
 
 
 # ====================================================================================================================

@@ -249,9 +249,11 @@ def right_countdown(draw):
 def test_a_right_expression_stays_right_when_it_is_rewritten(problem, rng):
     example, tokens = problem
     spellings = {"*": ["*", "×", "·", r"\times ", r"\cdot "], "/": ["/", "÷", r"\div "], "-": ["-", "−"],
-                 "(": ["(", r"\left("], ")": [")", r"\right)"]}
-    text = "".join(rng.choice(["", " ", "\n", " \t "]) + rng.choice(spellings.get(token, [token, f"({token})", f"( ({token}))"]))
-                   for token in tokens)
+                 "(": ["(", r"\left("], ")": [")", r"\right)"], "+": ["+"]}
+    text = ""
+    for token, following in zip(tokens, [*tokens[1:], ""]):
+        ways = spellings.get(token, [token, f"({token})", f"( ({token}))"])
+        text += rng.choice(["", " ", "\n", " \t "]) + rng.choice([*ways, ""] if (token, following) == ("*", "(") else ways)
     text = rng.choice(["{}", "({})", "(({}))"]).format(text)
     text += rng.choice(["", " = {}", "={}"]).format(example["target"])
     text = rng.choice(["{}", "${}$", "$${}$$", r"\boxed{{{}}}", r"$\boxed{{{}}}$", " {}\n"]).format(text)
