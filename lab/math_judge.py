@@ -29,8 +29,8 @@ ANSWER_SECONDS = 2.0  # and of one answer in it, so that one bad answer does not
 
 def plain(tex):
     """A formula as text without layout: spaces, dollars, degrees, \\left, a full stop; \\frac for \\dfrac."""
-    tex = re.sub(r"(\\\\)|\\[,;: ]|~", lambda space: space[1] or " ", tex)  # a double one starts a row of a matrix
-    tex = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\!|\\?\$|\^(?:\\circ|\{\\circ\})", "", tex)
+    tex = re.sub(r"(\\\\)|\\[,;: ]|~|\\?\$", lambda space: space[1] or " ", tex)  # a double one starts a matrix row
+    tex = re.sub(r"\\(?:left|right)(?![A-Za-z])|\\!|\^(?:\\circ|\{\\circ\})", "", tex)
     tex = re.sub(r"(?<![0-9]) | (?![0-9])", "", " ".join(tex.split()))  # "1 2" is not 12
     return re.sub(r"\\[dt]frac", r"\\frac", tex).rstrip(".")
 
@@ -38,6 +38,7 @@ def plain(tex):
 # Notation of which it reads a part only ("3 \approx 4" as 3, "3 4" as 7): not in an answer unless in the gold.
 HALF_READ = re.compile(r"\\approx|\\equiv|\\[lc]?dots|\.\.\.|[0-9]\s*_|"
                        r"(?<!frac)(?<!frac )[0-9](?:\s|\\[ ,;:]|\\q?quad|~|'|\"|\^\\circ|\^\{\\circ\})+[0-9]")
+RUNAWAY = re.compile(r"\^|!|\\(?:frac|int|sum|prod|lim)")
 # What may stand before "=": a name. "5 = 3" would be taken for 3.
 NAME = re.compile(r"\\?[A-Za-z]+(_\w|_\{\w+\})?(\([A-Za-z]\))?")
 
@@ -152,7 +153,9 @@ class Pool:
             if not self.started:
                 self.start()
             verdicts, died = dict.fromkeys(pairs), set()
-            todo, end = list(verdicts)[::-1], time.monotonic() + seconds
+            # popped from the end: what can run away waits until the plain answers have their verdicts
+            todo = sorted(verdicts, key=lambda pair: len(RUNAWAY.findall(pair[1])), reverse=True)
+            end = time.monotonic() + seconds
             while (todo or self.busy) and (now := time.monotonic()) < end:
                 self.start_missing()
                 while todo and self.idle:

@@ -37,8 +37,6 @@ def json_rows(path, name):
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise TaskError(f"{name}, line {number}: not JSON, one object a line: {error}") from error
-            if not isinstance(row, dict):
-                raise TaskError(f"{name}, line {number}: not a JSON object")
             yield f"line {number}", row
 
 

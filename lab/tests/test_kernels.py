@@ -539,3 +539,36 @@ if __name__ == "__main__":
     else:
         for entry in entries:
             print(*(f"{value!s:9s}" if not isinstance(value, dict) else dict(value) for value in entry.values()))
+
+
+# agrpo.py calls this file in the rollout and in the loss: with either implementation the same numbers must come out.
+
+
+@pytest.mark.parametrize("how", [dict(), dict(temperature=0.6, unmasking="low_confidence"), dict(unmasking="entropy")], ids=str)
+def test_a_rollout_and_its_gradient_agree_between_kernel_and_reference(device, how, monkeypatch):
+    import agrpo
+
+    rng = torch.Generator().manual_seed(0)
+    P, C, V = 2, 4, 37
+    table = torch.randn(P + C, V, 8, generator=rng).to(device)
+    out = torch.randn(P + C, 8, V, generator=rng).to(device).requires_grad_()
+
+    def policy(ids, attention_mask, flat):
+        h = torch.tanh(table[torch.arange(P + C, device=device), ids].sum(1))
+        return torch.einsum("nd,ldv->nlv", h, out).flatten(0, 1)[flat]
+    q = torch.full((6, P), 5, device=device)
+    results = {}
+    for impl in ("triton", "reference"):
+        monkeypatch.setattr(agrpo, "logprobs_and_entropy", lambda *args, impl=impl, **more:
+                            logprobs_and_entropy(*args, impl=impl, **more))
+        traj = agrpo.rollout(policy, q, torch.ones_like(q), C=C, m=2, block_length=4, mask_id=0, eos_id=1,
+                             rand=agrpo.row_random(range(6)), **how)
+        out.grad = None
+        agrpo.accumulate_gradient(policy, traj, torch.arange(6, device=device) - 2.5, k=2, rows_total=6, mask_id=0, eos_id=1,
+                                  temperature=how.get("temperature", 1.0), rand=agrpo.row_random(range(6)))
+        results[impl] = traj, out.grad
+    (a, grad_a), (b, grad_b) = results["triton"], results["reference"]
+    assert torch.equal(a.o, b.o) and torch.equal(a.step_of, b.step_of)
+    assert ((a.logp_old - b.logp_old).abs() / (1 + b.logp_old.abs())).max() <= LOGP_BAR
+    assert (a.entropy - b.entropy).abs().max() <= H_BAR
+    assert (grad_a - grad_b).norm() / grad_b.norm() <= 1e-5 and grad_b.norm() > 0

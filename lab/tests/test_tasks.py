@@ -331,6 +331,7 @@ def test_any_valid_grid_is_right_and_a_full_puzzle_divides_by_nothing():
     assert grade("sudoku", SOLUTION[::-1], full).reward == 1
     broken = {"puzzle": "1" * 16, "solution": "1" * 16}  # not from our readers, which refuse it
     assert not grade("sudoku", "1" * 16, broken).correct
+    assert not grade("sudoku", "1" * 16, {"puzzle": "0" * 16, "solution": "1" * 16}).correct
 
 
 def test_one_digit_in_every_empty_cell_scores_a_quarter():
@@ -393,11 +394,13 @@ def math(gold, answer):
     (r"5\sqrt{2}", "7.0710678"), (r"5\sqrt{2}", "7.07106781186547524400"), (r"\frac{1}{3}", "0.333333"), (r"\pi", "3.14159265"),
     ("3", "5=3"), ("3", "3=5"), ("3", r"3 \approx 4"), ("3", r"3 \text{ or } 4"), ("3", "3,4"), ("3", r"\pm 3"), ("7", "4 3"),
     ("7", r"4 \quad 3"), ("3", "3_4"), ("3", r"3 \ldots"), ("3", "-3"), ("3", "3$ or $4"), ("3", ""), ("3", "}{3"), ("x", "y"),
-    (r"\text{even}", r"\text{odd}"), ("x^2+1", "x^2-1"), ("10", "1"), ("3", r"3 \equiv 4"), ("12", "1 2"), ("3", r"\boxed{"),
+    (r"\text{even}", r"\text{odd}"), ("x^2+1", "x^2-1"), ("10", "1"), ("3", r"3 \equiv 4"), ("12", "1 2"), ("34", "3$4"), ("3", "3}{4"), ("1", "1}"), ("3", r"\boxed{"),
     ("5", "(" * 200 + "5" + ")" * 200)])
 def test_math_refuses(gold, answer):
-    got = math(gold, answer)
-    assert not got.correct and got.metrics == {"string_match": 0.0}
+    for text in (tagged(rf"\boxed{{{answer}}}"), tagged(answer)):
+        got = tasks.grade("math", text, {"question": "", "answer": gold})
+        assert not got.correct and got.metrics == {"string_match": 0.0}
+    assert math_judge.objection("5", "5" * 1001) == "empty or too long"
 
 
 @pytest.mark.parametrize("gold, answer, string_match", [
@@ -428,11 +431,13 @@ def test_a_batch_of_64_adversarial_boxes_takes_one_deadline_and_says_so(caplog):
 
 
 def test_honest_answers_beside_a_bad_one_are_judged():
-    answers = ["9^{9^{9^{9}}}", *[f"{i}+{18 - i}" for i in range(30)], "99999999!"]
+    bad = [f"9^{{9^{{9^{{{9 - i}}}}}}}" for i in range(6)]  # more than there are children
+    answers = [*bad, *[f"{i}+{18 - i}" for i in range(30)], "99999999!"]
     grades = tasks.grade_batch("math", [tagged(rf"\boxed{{{a}}}") for a in answers], [{"answer": "18"}] * len(answers))
-    assert [g.correct for g in grades] == [False, *[True] * 30, False]
-    singly = [math("18", a).correct for a in answers[1:4]]
-    assert singly == [True] * 3
+    assert [g.correct for g in grades] == [*[False] * 6, *[True] * 30, False]
+    assert [math("18", a).correct for a in answers[6:9]] == [True] * 3
+    start = time.monotonic()
+    assert not math("18", bad[0]).correct and time.monotonic() - start < math_judge.ANSWER_SECONDS + 1
 
 
 def test_the_pool_survives_killed_children():
@@ -448,6 +453,7 @@ def test_the_pool_survives_killed_children():
         grades = tasks.grade_batch("math", [tagged(rf"\boxed{{{a}}}") for a in answers], [{"answer": "18"}] * 40)
         assert all(g.correct for g in grades), when
     assert len(math_judge.pool.children()) == min(4, os.cpu_count())
+    assert all(os.getsid(child.pid) == child.pid for child in math_judge.pool.children())  # Ctrl-C does not reach them
 
 
 def test_math_works_beside_torch_off_the_main_thread_in_a_script_without_a_main_guard(tmp_path):
@@ -496,9 +502,9 @@ def quick(task, text):
     """Grade three times at most, as the machine may be busy: the best must be under 50 ms."""
     times, grades = [], []
     while len(times) < 3 and (not times or min(times) >= 0.05):
-        start = time.perf_counter()
+        start = time.process_time()
         grades.append(tasks.grade(task, text, EXAMPLES[task]))
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.05, (task, text[:80], times)
     assert all(g == grades[0] for g in grades)
     return grades[0]
@@ -529,10 +535,10 @@ def test_the_worst_texts_we_could_think_of_are_quick(core):
         for text in (core, f"<answer>{core}</answer>", f"<think>{core}</think><answer>{core}</answer>"):
             quick(task, text)
     for gold in (core[:1000], "18"):  # what MATH does before it asks a child
-        start = time.perf_counter()
+        start = time.process_time()
         content = tasks.final_answer(core)
         reason = content is not None and (math_judge.plain(content), math_judge.objection(gold, content))
-        assert time.perf_counter() - start < 0.1, reason
+        assert time.process_time() - start < 0.1, reason
 
 
 @settings(max_examples=100, deadline=None)
@@ -604,12 +610,12 @@ def test_there_are_288_grids_and_the_splits_part_them():
 
 
 def test_generating_is_fast_enough_to_pretrain_on():
-    for task, limit in (("countdown", 120e-6), ("sudoku", 1e-3)):
+    for task, limit in (("countdown", 100e-6), ("sudoku", 1e-3)):
         data, best = tasks.load(task, "train", seed=9), 1.0
         for start_index in (0, 1000, 2000):
-            start = time.perf_counter()
+            start = time.process_time()
             data[start_index:start_index + 500]
-            best = min(best, (time.perf_counter() - start) / 500)
+            best = min(best, (time.process_time() - start) / 500)
         assert best < limit
 
 
@@ -736,10 +742,14 @@ def test_hub_layouts_as_jsonl_saved_folder_and_copied_folder(tmp_path, monkeypat
     datasets.DatasetDict(train=data.select([0]), test=data.select([1, 2])).save_to_disk(str(tmp_path / "both"))
     assert list(tasks.load("gsm8k", "train", file=str(tmp_path / "both"))) == expected[:1]
     assert list(tasks.load("gsm8k", "test", file=str(tmp_path / "both"))) == expected[1:]
+    datasets.DatasetDict(train=data).save_to_disk(str(tmp_path / "only"))  # the only split is the one that is meant
+    assert list(tasks.load("gsm8k", "test", file=str(tmp_path / "only"))) == expected
     copied = tmp_path / "copied" / "main"  # as huggingface_hub's snapshot_download leaves it
     copied.mkdir(parents=True)
     data.select([0]).to_parquet(str(copied / "train-00000-of-00001.parquet"))
     data.select([1]).to_parquet(str(copied / "test-00000-of-00001.parquet"))
+    (tmp_path / "copied" / "socratic").mkdir()  # another configuration
+    data.select([2]).to_parquet(str(tmp_path / "copied" / "socratic" / "test-00000-of-00001.parquet"))
     loaded = tasks.load("gsm8k", "test", file=str(tmp_path / "copied"))
     assert list(loaded) == expected[1:2] and loaded.source == f"--test-file {tmp_path / 'copied'}"
     qa = datasets.Dataset.from_list(QA)
@@ -785,13 +795,15 @@ def test_the_hub_ids_are_those_of_the_paper():
     assert ids["math"] == {"train": "qwedsacf/competition_math train", "test": "HuggingFaceH4/MATH-500 test"}
 
 
-@pytest.mark.parametrize("hub", ["refuses", "is silent"])
+@pytest.mark.parametrize("hub", ["refuses", "is silent", "is looked up for ever"])
 def test_an_unreachable_hub_is_one_sentence_within_seconds(monkeypatch, hub):
     huggingface_hub, datasets = pytest.importorskip("huggingface_hub"), pytest.importorskip("datasets")
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         if hub == "is silent":
             server.listen()
+        if hub == "is looked up for ever":
+            monkeypatch.setattr(huggingface_hub, "get_session", lambda: time.sleep(30))
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         monkeypatch.setitem(tasks.TASKS, "gsm8k", replace(tasks.TASKS["gsm8k"], hub={"test": ("nobody/none-such", "main", "test")}))
         start = time.monotonic()
