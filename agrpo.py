@@ -49,7 +49,7 @@ import torch
 
 import tasks
 from kernels import logprobs_and_entropy, support_logprobs_and_entropy
-from lab import cli, logbook, models          # flags, console and files, loading: not needed to follow the algorithm
+from lab import cli, evaluation, logbook, models, processes      # flags, files, loading: no need to read it first
 from lab.cli import UserError
 
 # ====================================================================================================================
@@ -125,6 +125,8 @@ class Config:
     eval_C: Optional[int] = _(None, "completion length in evaluation")
     eval_block: Optional[int] = _(None, "block length in evaluation")
     eval_batch: Optional[int] = _(None, "rows per forward in evaluation")
+    seeds: int = _(1, "--mode eval: seeds of the sampled evaluation, counted from --seed")
+    beside_base: bool = _(False, "--mode eval with --adapter: evaluate the base model too")
     # --- what is written
     save_every: int = _(10, "updates between checkpoints (a killed run resumes from the last)")
     sample_every: int = _(20, "updates between printed samples")
@@ -136,11 +138,11 @@ TINY = str(Path(__file__).resolve().parent / "lab" / "tiny")
 # Sources: llada = the official train.yaml, lr to be swept (theirs came with 24 optimizer steps per training step);
 # tiny = measured here, see README.
 PRESETS = {
-    "tiny": dict(C=32, m=8, k=4, temperature=1.0, questions=40, lr=2e-3, lora_r=16, lora_alpha=16, updates=150,
+    "tiny": dict(C=32, m=8, k=4, temperature=1.0, questions=40, lr=2e-3, lora_r=32, lora_alpha=64, updates=150,
                  micro_batch=320, rollout_batch=512, eval_batch=512, eval_every=25, eval_sampled=True, dtype="float32",
                  activation_checkpointing=False),
     "tiny/countdown": dict(C=12, m=3, k=2, max_number=12),
-    "tiny/sudoku": dict(C=20, m=5, k=2, empties=10),
+    "tiny/sudoku": dict(C=20, m=4, k=2, empties=12, lr=5e-4, updates=60, eval_every=10),
     "llada": dict(C=384, m=128, block_length=12, temperature=0.6, top_k=150, top_p=0.99, k=24, questions=16,
                   updates=300, lr=1e-5, lora_r=64, lora_alpha=64, micro_batch=4, rollout_batch=16, eval_batch=16,
                   eval_every=50, eval_C=256, eval_block=32, steps="128", eval_sampled=False, dtype="bfloat16",
@@ -227,6 +229,8 @@ def inverse_cdf(p, u):
     """
     cdf = p.double().cumsum(dim=-1)                                              # (N, K)
     total = cdf[:, -1:]
+    if not total.isfinite().all():
+        raise FloatingPointError("probabilities are not finite")
     x = torch.minimum(u.double() * total, torch.nextafter(total, torch.zeros_like(total)))
     return torch.searchsorted(cdf, x.contiguous(), right=True)                   # (N, J)
 
@@ -526,7 +530,8 @@ def accumulate_gradient(policy, traj, adv, *, k, rows_total, mask_id, eos_id, te
 def optimizer_step(params, optimizer, max_grad_norm, all_reduce=None):
     """The one optimizer step of a pass. Sums gradients over processes, clips, steps; returns the gradient norm.
 
-    A gradient that is not finite moves nothing. `all_reduce(tensor)` sums in place over processes, or None.
+    A gradient that is not finite, or zero (dead groups only: no news), moves nothing, not even by Adam's momentum.
+    `all_reduce(tensor)` sums in place over processes, or None.
     """
     if all_reduce is not None:                       # every process joins, also one with dead groups only
         flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in params])
@@ -534,7 +539,7 @@ def optimizer_step(params, optimizer, max_grad_norm, all_reduce=None):
         for p, g in zip(params, flat.split([p.numel() for p in params])):
             p.grad = g.view_as(p)
     norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm).item()
-    if math.isfinite(norm):
+    if 0 < norm < math.inf:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm
@@ -546,24 +551,27 @@ def optimizer_step(params, optimizer, max_grad_norm, all_reduce=None):
 
 
 @torch.no_grad()
-def evaluate(policy, data, cfg, m, greedy, share=(0, 1)):
+def evaluate(policy, data, cfg, m, greedy, share=(0, 1), skip=(), write=lambda records: None):
     """Grade one completion per held-out problem. Returns one record (dict) per problem of this process's share.
 
     greedy: temperature 0 and low-confidence unmasking, LLaDA's evaluation; else exactly as the rollouts sample.
+    skip: problems that are graded already; write(records): called with each batch's.
     """
     how = dict(C=cfg.eval_C, block_length=cfg.eval_block, temperature=0.0, unmasking="low_confidence",
                score_discarded=False) if greedy else \
         dict(C=cfg.C, block_length=cfg.block_length, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
              unmasking=cfg.unmasking)
-    records, todo = [], list(range(min(cfg.eval_n, len(data))))[share[0]::share[1]]
+    records, todo = [], [i for i in range(min(cfg.eval_n, len(data))) if i not in skip][share[0]::share[1]]
     for batch in policy.batches(cfg.task, [data[i] for i in todo], cfg.eval_batch):
         rand = row_random([(cfg.seed, "evaluation", m, todo[i]) for i in batch.index])
         traj = rollout(policy, batch.q, batch.q_mask, m=m, mask_id=policy.mask_id, eos_id=policy.eos_id, rand=rand,
                        **how)
         texts = policy.decode(traj.o)
-        for i, text, g in zip(batch.index, texts, tasks.grade_batch(cfg.task, texts, [data[todo[i]] for i in batch.index])):
-            records.append(dict(index=todo[i], m=m, greedy=greedy, text=text, correct=g.correct, reward=g.reward,
-                                reason=g.reason, parsed=g.parsed, **g.metrics))
+        grades = tasks.grade_batch(cfg.task, texts, [data[todo[i]] for i in batch.index])
+        graded = [dict(index=todo[i], m=m, greedy=greedy, text=text, correct=g.correct, reward=g.reward,
+                       reason=g.reason, parsed=g.parsed, **g.metrics) for i, text, g in zip(batch.index, texts, grades)]
+        write(graded)
+        records += graded
     return records
 
 
@@ -600,28 +608,19 @@ class Policy:
     def __init__(self, model, tokenizer, device="cpu"):
         self.model, self.tokenizer, self.device = model, tokenizer, torch.device(device)
         self.name = model.config._name_or_path
-        self.mask_id = first_id(getattr(model.config, "mask_token_id", None), tokenizer.mask_token_id)
-        self.eos_id = first_id(tokenizer.eos_token_id, model.config.eos_token_id)
-        if self.mask_id is None or self.eos_id is None:
-            raise UserError(f"--model {self.name}: neither its config nor its tokenizer names a [MASK] and an EOS "
-                            "token; a masked diffusion model has both (mask_token_id in config.json)")
-        self.pad_id = first_id(tokenizer.pad_token_id, self.eos_id)
+        self.mask_id, self.eos_id, self.pad_id = models.special_ids(model, tokenizer)
         # Dream predicts position i at i - 1, as the autoregressive model it grew from did.
         self.shift = 1 if str(model.config.model_type).lower() == "dream" else 0
         self.mask_kind, self.ignores_mask = "2d", False
         self.dtype = next(model.parameters()).dtype
-        self.where = None
-        head = model.get_output_embeddings()
-        if head is None:
-            raise UserError(f"--model {self.name} has no LM head (get_output_embeddings is empty): choose a masked "
-                            "language model, not its bare encoder")
-        if head.weight.dtype in (torch.bfloat16, torch.float16):
-            # bf16 logits move a log-probability by 0.05 and a ratio by up to 1.19, against a clip width of 0.2
-            weight = head.weight.detach().float()
-            head.weight = torch.nn.Parameter(weight, requires_grad=False)        # a tied embedding keeps its own copy
-            if getattr(head, "bias", None) is not None:
-                head.bias = torch.nn.Parameter(head.bias.detach().float(), requires_grad=False)
-        head.register_forward_pre_hook(self._select)
+        self.where = self.hook = None
+        self.hook_head()
+
+    def hook_head(self):
+        """Again after something was put around the head."""
+        if self.hook is not None:
+            self.hook.remove()
+        self.hook = models.head_in_float32(self.model).register_forward_pre_hook(self._select)
 
     def _select(self, head, args):
         x = args[0].flatten(0, 1)
@@ -680,13 +679,6 @@ class Policy:
     def _copies(self, prompts, batch, copies):
         index = [i for i in batch for _ in range(copies)]
         return self.pad([prompts[i] for i in index], index)
-
-
-def first_id(*ids):
-    for i in ids:
-        if i is not None:
-            return i[0] if isinstance(i, (list, tuple)) else i
-    return None
 
 
 # ====================================================================================================================
@@ -750,12 +742,13 @@ def train(cfg, policy, data, book):
                     micro_batch=cfg.micro_batch, rand=row_random([(*key, "timesteps", p) for key in keys]),
                     reference=getattr(policy.model, "disable_adapter", None))
                 row += len(keys)
-            if update == p == 0:
+            if p == 0:
                 book.check_ratio(seen)
             lr = schedule.get_last_lr()[0]                                       # logged: the one this step uses
             norms.append(optimizer_step(params, optimizer, cfg.max_grad_norm, book.all_reduce))
             schedule.step()
-        book.update_done(update, batches, grades, texts, dead, seen, dropped, lr=lr, grad_norm=max(norms, key=float),
+        book.update_done(update, batches, grades, texts, dead, seen, dropped, lr=lr,
+                         grad_norm=max(norms, key=lambda norm: (not math.isfinite(norm), norm)),
                          rollout_seconds=rolled - start, loss_seconds=time.time() - rolled)
     return book.finish()
 
@@ -768,37 +761,29 @@ def load_data(cfg, split):
 
 
 def run(cfg):
-    from accelerate import Accelerator                                           # one process, or many on gloo or nccl
-
-    accelerator = Accelerator(cpu=cfg.device == "cpu", log_with=cfg.tracker)
-    if accelerator.num_processes > 1:
-        cfg.device = str(accelerator.device)
+    accelerator = processes.join(cfg)                # one process, or several on gloo or nccl
     book = logbook.Logbook(cfg, accelerator)
-    data = {split: load_data(cfg, split) for split in (["train", "test"] if cfg.mode == "train" else ["test"])}
-    model, tokenizer = models.load_model(cfg)
+    with accelerator.local_main_process_first():     # it downloads; the others find everything there
+        data = {split: load_data(cfg, split) for split in (["train", "test"] if cfg.mode == "train" else ["test"])}
+        model, tokenizer = models.load_model(cfg)
     policy = Policy(model, tokenizer, cfg.device)
     notes = models.preflight(policy, policy.encode(cfg.task, data["test"][0]))
     notes += models.load_adapter(policy, cfg) if cfg.mode == "eval" else models.add_adapters(policy, cfg)
     book.header(policy, data, notes)
     if cfg.mode == "train":
         return train(cfg, policy, data, book)
-    return book.finish_evaluation(lambda m, greedy: evaluate(policy, data["test"], cfg, m, greedy, book.share))
+    return evaluation.run(cfg, policy, data["test"], book, evaluate)
+
+
+def configure(argv=None):
+    cfg = cli.parse(Config, argv)
+    cli.fill(cfg, PRESETS, {"large": LLADA, "small": TINY})
+    cli.check(cfg, steps_per_block)
+    return cfg
 
 
 def main(argv=None):
-    try:
-        cfg = cli.parse(Config, argv)
-        cli.fill(cfg, PRESETS, {"large": LLADA, "small": TINY})
-        cli.check(cfg, steps_per_block)
-        return run(cfg)
-    except (UserError, tasks.TaskError) as e:
-        print(f"agrpo: {e}", file=sys.stderr)
-    except OSError as e:
-        if e.errno not in cli.DISK_ERRORS:
-            raise
-        print(f"agrpo: cannot write {e.filename or 'the output'}: {e.strerror}; make room or choose another --out (what "
-              "was saved before is whole, --resume goes on from it)", file=sys.stderr)
-    return 2
+    return cli.in_one_sentence(lambda: run(configure(argv)))
 
 
 if __name__ == "__main__":

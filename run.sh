@@ -14,8 +14,10 @@ bash run.sh COMMAND [flags]           times on 2 CPU cores with the tiny model
   sudoku           train on 4x4 Sudoku                                      about 4 minutes
   gsm8k, math      train on word problems (needs a GPU of 40 GB or --model)
   eval             evaluate a model or --adapter runs/countdown/adapter     seconds
+  plan             memory, disk and work of a run of LLaDA-8B; no download   seconds
   watch            one problem, denoised step by step in the terminal       seconds
   kernels          check the Triton kernel; benchmark it if there is a GPU  seconds
+  lab              experiments: does it work as claimed? (lists them)       minutes each
   tiny             make the tiny model in lab/tiny again                    1 hour on one core
   test             every test                                               about 4 minutes
 
@@ -34,16 +36,24 @@ setup() {  # once, and again only when requirements.txt changes
     fi
 }
 
+launch() {  # PROCESSES=8 bash run.sh ...: that many processes, one for each GPU
+    [ "${PROCESSES:-1}" -eq 1 ] && exec $python agrpo.py "$@"
+    exec $python -m accelerate.commands.launch --multi_gpu --num_processes "$PROCESSES" --num_machines 1 \
+        --mixed_precision no --dynamo_backend no agrpo.py "$@"
+}
+
 command=${1:-menu}
 [ $# -gt 0 ] && shift
 python=.venv/bin/python
 case $command in
     menu|help|-h|--help) menu ;;
     test)    setup; exec $python -m pytest -q test_agrpo.py lab/tests "$@" ;;
-    eval)    setup; exec $python agrpo.py --mode eval "$@" ;;
+    eval)    setup; launch --mode eval "$@" ;;
+    plan)    setup; exec $python lab/plan.py "$@" ;;
     watch)   setup; exec $python lab/watch.py "$@" ;;
     kernels) setup; exec $python kernels.py "$@" ;;
+    lab)     setup; exec $python lab/experiments.py "$@" ;;
     tiny)    setup; exec $python lab/make_tiny.py "$@" ;;
     -*)      echo "run.sh: the first word is a command, not a flag; bash run.sh lists them" >&2; exit 2 ;;
-    *)       setup; exec $python agrpo.py --task "$command" "$@" ;;
+    *)       setup; launch --task "$command" "$@" ;;
 esac

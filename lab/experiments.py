@@ -1,0 +1,491 @@
+"""Does it work as claimed? One command per question, on the tiny model; each prints its table and draws its figure.
+
+    bash run.sh lab variance      how noisy is the gradient, for every timestep sampler and k? Is it unbiased?
+    bash run.sh lab compare       AGRPO against a one-step and an ELBO likelihood: angle to the gradient, learning
+    bash run.sh lab k             what does a larger k buy, per update and per forward pass?
+    bash run.sh lab steps         how many times fewer denoising steps does training save at equal accuracy?
+    bash run.sh lab cost          where do the seconds and the memory of an update go?
+    bash run.sh lab order         learning with every order of unmasking, exact and biased scoring
+    bash run.sh lab signatures    provoke each failure and see that the run's warning names it
+    bash run.sh lab curves runs/countdown runs/countdown-2 ...     finished runs in one picture, seeds shaded
+
+Every flag of agrpo.py passes through (--task sudoku --updates 100 --model FOLDER --m 6 --lr 1e-3 ...). Written:
+runs/lab/NAME.json (every number, command, seeds, hardware, versions) and NAME.png; --figures copies it to lab/figures.
+
+Compute is counted in forward passes of one row: a denoising step of a rollout is 1, a (row, timestep) pair of the loss
+3, because a backward pass costs about two forwards. Learning rates are constant here after agrpo.py's warm-up, so that
+the beginning of a long run is a short run, and one run answers for equal updates and for equal compute.
+"""
+import itertools
+import sys
+import time
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import agrpo
+import tasks
+from lab import cli, logbook, models
+from lab.cli import UserError
+from lab.estimators import ESTIMATORS, SAMPLERS, draw_weights, pair_gradients, timestep_weights
+from lab.harness import EXPERIMENTS, Lab, curves, draw_runs, experiment, spread
+
+# ---- the training that all experiments share ------------------------------------------------------------------------
+
+
+def load(cfg):
+    """Policy (with fresh adapters, or those of --adapter) and data."""
+    model, tokenizer = models.load_model(cfg)
+    policy = agrpo.Policy(model, tokenizer, cfg.device)
+    data = {split: agrpo.load_data(cfg, split) for split in ("train", "test")}
+    models.preflight(policy, policy.encode(cfg.task, data["test"][0]))
+    models.load_adapter(policy, cfg) if cfg.adapter else models.add_adapters(policy, cfg)
+    return policy, data
+
+
+def roll(policy, data, cfg, update):
+    """One update's rollouts. -> batches, grades, adv (B,), dead (B,)"""
+    batches, grades, _, _ = agrpo.collect_rollouts(policy, data["train"], cfg, update)
+    rewards = torch.tensor([g.reward for g in grades], dtype=torch.float64, device=policy.device)
+    return batches, grades, *agrpo.group_advantages(rewards, cfg.G, cfg.normalise_std)
+
+
+def add_gradient(policy, cfg, batches, adv, estimator="agrpo", p=0):
+    """One pass over one update's rollouts."""
+    seen, row = [], 0
+    for keys, traj in batches:
+        rand = agrpo.row_random([(*key, "timesteps", p) for key in keys])
+        seen += ESTIMATORS[estimator](policy, cfg, traj, adv[row:row + len(keys)], len(adv), rand)
+        row += len(keys)
+    return seen
+
+
+def train(policy, data, cfg, estimator="agrpo", passes=0, every=0):
+    """agrpo.train without its files: until cfg.updates are done and `passes` forward passes of one row are spent.
+    Returns history, the log's numbers of each update, and evals, held-out accuracy each `every` updates."""
+    params = [p for p in policy.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+    warm, history, evals, spent, seconds = max(1, round(cfg.warmup * cfg.updates)), [], [], 0, 0.0
+    book = SimpleNamespace(cfg=cfg, policy=policy, gather=lambda parts: parts)          # all that `metrics` wants of it
+    while True:
+        update, done = len(history), len(history) >= cfg.updates and spent >= passes
+        if every and (done or update % every == 0):
+            evals.append(dict(update=update, passes=spent, seconds=seconds, **accuracy(policy, data, cfg)))
+        if done:
+            return history, evals
+        began, norms, seen = time.time(), [], []
+        batches, grades, adv, dead = roll(policy, data, cfg, update)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min(1, (update + 1) / warm)
+        for p in range(cfg.mu):
+            seen += add_gradient(policy, cfg, batches, adv, estimator, p)
+            norms.append(agrpo.optimizer_step(params, optimizer, cfg.max_grad_norm))
+        seconds += time.time() - began
+        now = dict(update=update + 1, grad_norm=max(norms),
+                   **logbook.Logbook.metrics(book, batches, grades, dead, seen, 0))
+        spent += sum(traj.n.sum().item() for _, traj in batches) + 3 * now["pairs"]
+        history.append(dict(now, passes=spent, warnings=list(logbook.signatures(now, history))))
+
+
+def accuracy(policy, data, cfg, m=None, greedy=False):
+    """Held-out accuracy with its 95 % interval, sampled as the rollouts unless greedy."""
+    records = agrpo.evaluate(policy, data["test"], cfg, m or cfg.m, greedy)
+    right = sum(r["correct"] for r in records)
+    low, high = logbook.wilson(right, len(records))
+    return dict(accuracy=right / len(records), low=low, high=high, n=len(records))
+
+
+def training_run(cfg, estimator="agrpo", passes=0, every=0):
+    """One training in a process of its own; evaluated at its end greedily too."""
+    policy, data = load(cfg)
+    history, evals = train(policy, data, cfg, estimator, passes, every or max(1, cfg.updates // 6))
+    return dict(history=history, evals=evals, greedy=accuracy(policy, data, cfg, greedy=True))
+
+
+def nominal_passes(cfg):
+    """Forward passes of cfg.updates updates, were no group dead and no timestep drawn twice."""
+    return cfg.updates * cfg.questions * cfg.G * (cfg.m + 3 * cfg.k)
+
+
+def at(evals, x, value):
+    """Held-out accuracy when `value` updates or passes were spent, between two evaluations on the straight line."""
+    return float(np.interp(value, [e[x] for e in evals], [e["accuracy"] for e in evals]))
+
+
+def learning(lab, title, variants, passes):
+    """Train every variant, {label: (flags, estimator)}, on every seed; tabulate at equal updates and at equal compute
+    (passes = 0: decoded greedily in its place). Returns {label: [run per seed]}."""
+    cfg, labels = lab.config(**next(iter(variants.values()))[0]), list(variants)
+    done = iter(lab.map(training_run, [(lab.config(seed=seed, **flags), estimator, passes)
+                                       for flags, estimator in variants.values() for seed in lab.seeds]))
+    runs = {label: [next(done) for _ in lab.seeds] for label in labels}
+    lab.note(f"held-out accuracy, sampled as the rollouts are; {cfg.task}, m = {cfg.m}, n = {cfg.eval_n}, seeds {lab.seeds}: "
+             "mean [lowest, highest]")
+    lab.table((title, "base", f"after {cfg.updates} updates", f"after {passes:,} passes" if passes else "then greedily",
+               "passes/update", "s/update"), *(
+        (label, f"{np.mean([r['evals'][0]['accuracy'] for r in runs[label]]):.1%}",
+         spread([at(r["evals"], "update", cfg.updates) for r in runs[label]]),
+         spread([at(r["evals"], "passes", passes) if passes else r["greedy"]["accuracy"] for r in runs[label]]),
+         *(format(np.mean([r["evals"][-1][x] / r["evals"][-1]["update"] for r in runs[label]]), form)
+           for x, form in (("passes", ".0f"), ("seconds", ".2f")))) for label in labels))
+    return runs
+
+
+def draw_learning(runs, compute=True):
+    def draw(fig):
+        for ax, x in zip(fig.subplots(1, 1 + compute, squeeze=False, sharey=True)[0], ("update", "passes")):
+            draw_runs(ax, {label: [r["evals"] for r in seeds] for label, seeds in runs.items()}, x)
+    return draw
+
+
+# ---- variance -------------------------------------------------------------------------------------------------------
+
+
+def variance_cell(cfg, ms, draws):
+    """Every sampler, k and m on one batch of rollouts. With weights c the estimate is sum_i c_i g_i, and c = 1 is exact:
+    |g_hat - g|^2 / |g|^2 = (c - 1)' G (c - 1) / 1' G 1.  Once the Gram matrix G is known, a draw costs nothing."""
+    policy, data = load(cfg)
+    if cfg.lora_r:                                   # at its start B = 0, and so is A's gradient
+        train(policy, data, cfg)
+    found = []
+    for m in ms:
+        cfg.m, cfg.rollout_batch = m, cfg.questions * cfg.G      # one batch: batch-strata and pooled see all of it
+        ((_, traj),), _, adv, _ = roll(policy, data, cfg, cfg.updates)
+        if not adv.any():
+            raise UserError("every group is dead: no gradient to measure; give another --seed or more --questions")
+        pairs, gram = pair_gradients(policy, cfg, traj, adv)
+        toward = gram.sum(1)                                     # G 1: g_i . g
+        size = toward.sum()                                      # |g|^2
+        add_gradient(policy, replace(cfg, k=m), [([()] * len(adv), traj)], adv)
+        whole = sum(p.grad.double().square().sum() for p in policy.model.parameters() if p.grad is not None)
+        policy.model.zero_grad()
+        assert abs(whole * (m * len(adv)) ** 2 / size - 1) < 1e-3, "sum over pairs != accumulate_gradient, every step"
+        norms = torch.zeros(len(adv) * m, dtype=torch.float64)
+        norms[pairs] = gram.diagonal().sqrt()
+        weights = timestep_weights(policy, cfg, traj, norms.view(-1, m))
+        torch.manual_seed(cfg.seed)
+        for (weight, points), k in itertools.product(SAMPLERS, sorted({1, 2, 4, 8, m})):
+            c = draw_weights(agrpo.timestep_probs(traj.n, m, weights[weight]), adv, k, points, draws)[:, pairs]
+            square, along = (((c - 1) @ gram) * (c - 1)).sum(1) / size, (c - 1) @ toward / size
+            found.append(dict(m=m, weight=weight, points=points, k=k, variance=square.mean().item(),
+                              error=square.std().item() / draws ** 0.5, bias=along.mean().item(),
+                              bias_error=along.std().item() / draws ** 0.5,
+                              pairs=((c > 0).sum(1).double().mean() / (adv != 0).sum()).item()))
+    return found
+
+
+@experiment("about 4 minutes", "--questions 8 --updates 20", "--questions 3 --G 4 --updates 2")
+def variance(lab):
+    """How noisy is the gradient estimate against the exact one of all steps, for every timestep sampler, k and m? Cells:
+    task x (all parameters of the base model | LoRA after --updates updates) x seed, each with its own rollouts."""
+    names = [lab.config().task] if lab.quick or "--task" in lab.argv else ["countdown", "sudoku"]
+    ms, draws = {"countdown": (4, 6, 12), "sudoku": (4, 5, 10)}, 50 if lab.quick else 1000
+    cells = {f"{task}, {state}": (task, more) for task in names for state, more in (
+        ("base model, all parameters", dict(lora_r=0)), (f"LoRA after {lab.config().updates} updates", {}))}
+    done = iter(lab.map(variance_cell, [
+        (lab.config(task=task, seed=seed, **more), ms[task][:1 if lab.quick else 3], draws)
+        for task, more in cells.values() for seed in lab.seeds]))
+    results = {cell: [next(done) for _ in lab.seeds] for cell in cells}
+
+    def get(seeds, field, sampler, k, m):
+        return np.array([x[field] for found in seeds for x in found
+                         if (x["weight"], x["points"], x["k"], x["m"]) == (*sampler, k, m)])
+
+    for cell, seeds in results.items():
+        columns = sorted({(x["m"], x["k"]) for x in seeds[0] if x["k"] in (2, 4) and x["k"] < x["m"]})
+        lab.note(f"{cell}: relative variance |g_hat - g|^2 / |g|^2, mean over {len(seeds)} batches +- their spread; pairs: "
+                 "forward passes per row in the last column")
+        lab.table(("p_t, points", *(f"m={m} k={k}" for m, k in columns), "pairs"), *(
+            (", ".join(sampler), *(f"{v.mean():.3f}+-{v.std():.2f}" for v in (
+                get(seeds, "variance", sampler, k, m) for m, k in columns)),
+             f"{get(seeds, 'pairs', sampler, *columns[-1][::-1]).mean():.2f}") for sampler in SAMPLERS))
+
+    everything = [x for seeds in results.values() for found in seeds for x in found]
+
+    def against_official(sampler, price):
+        logs = [np.array([np.log(x["variance"] * x["pairs"] ** price) for x in everything if x["k"] in (1, 2, 4)
+                          and x["k"] < x["m"] and (x["weight"], x["points"]) == s])
+                for s in (sampler, ("entropy", "batch-strata"))]
+        return f"{np.exp((logs[0] - logs[1]).mean()):.2f}"
+    lab.note("all of it, k in 1, 2, 4: geometric mean of the variance in units of the official sampler's (entropy, batch-strata); "
+             "per pass: variance x forward passes, which merged draws save")
+    lab.table(("p_t, points", "variance", "per pass"),
+              *((", ".join(s), against_official(s, 0), against_official(s, 1)) for s in SAMPLERS))
+    z = np.array([abs(x["bias"] / x["bias_error"]) for x in everything if x["bias_error"] > 1e-9])
+    lab.note(f"bias along g in standard errors, {len(z)} estimates: median {np.median(z):.2f} (0.67 expected of none), beyond "
+             f"2: {np.mean(z > 2):.1%} (5 %)")
+
+    def draw(fig):
+        for ax, (cell, seeds) in zip(fig.subplots(1, len(results), sharey=True, squeeze=False)[0], results.items()):
+            m = seeds[0][-1]["m"]
+            ks = sorted({x["k"] for x in seeds[0] if x["m"] == m})
+            for sampler in [("uniform", "iid"), ("uniform", "low-discrepancy"), ("entropy", "batch-strata"),
+                            ("entropy", "low-discrepancy"), ("surprise", "low-discrepancy")]:
+                y = np.stack([get(seeds, "variance", sampler, k, m) for k in ks]) + 1e-4   # 0 at k = m, uniform
+                line, = ax.loglog(ks, y.mean(1), "o-", ms=3, label=", ".join(sampler))
+                ax.fill_between(ks, y.min(1), y.max(1), alpha=0.15, color=line.get_color())
+            ax.set_title(f"{cell}, m = {m}".replace(", ", "\n", 1), fontsize=7)
+            ax.set(xlabel="k", ylim=(1e-3, None), xticks=ks, xticklabels=ks)
+            ax.minorticks_off()
+        fig.axes[0].set_ylabel("relative variance")
+        fig.axes[0].legend(fontsize=6)
+    lab.finish(results, draw)
+
+
+# ---- compare, k, order ----------------------------------------------------------------------------------------------
+
+
+def cosine_cell(cfg, batches):
+    """Per estimator, over batches b of rollouts: cos(e_b, g_b), g_b the exact gradient of the same rollouts;
+    cos(sum e_b, sum g_b), what is left of the angle as noise averages out; cos(e_b, sum of the other batches' g)."""
+    policy, data = load(cfg)
+    params, grads, pairs = list(policy.model.parameters()), {}, {}
+    for b in range(batches):
+        rolled, _, adv, _ = roll(policy, data, cfg, b)
+        for name in ("exact", "agrpo", "one-step", "ELBO"):
+            how = (replace(cfg, k=cfg.m), "agrpo") if name == "exact" else (cfg, name)
+            seen = add_gradient(policy, how[0], rolled, adv, how[1])
+            grads.setdefault(name, []).append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                                                         for p in params]))
+            pairs.setdefault(name, []).append(sum(len(x[0]) for x in seen) / len(adv))
+            policy.model.zero_grad()
+    cosine = lambda a, b: torch.nn.functional.cosine_similarity(a, b, dim=0).item()
+    g, everything = grads["exact"], sum(grads["exact"])
+    return {name: dict(same=[cosine(e, x) for e, x in zip(es, g)], summed=cosine(sum(es), everything),
+                       others=[cosine(e, everything - x) for e, x in zip(es, g)], pairs=float(np.mean(pairs[name])))
+            for name, es in grads.items()}
+
+
+@experiment("about 6 minutes", "--updates 60 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
+def compare(lab):
+    """AGRPO, diffu-GRPO's one-step likelihood and an ELBO: the angle to the exact gradient on the same rollouts (all
+    parameters of the base model), then learning (LoRA) at equal updates and at equal compute."""
+    batches = 3 if lab.quick else 12
+    cells = lab.map(cosine_cell, [(lab.config(seed=seed, lora_r=0), batches) for seed in lab.seeds])
+    cfg = lab.config()
+    join = lambda name, kind: [x for cell in cells for x in cell[name][kind]]
+    lab.note(f"cosine to the exact gradient (every step; m = {cfg.m}, k = {cfg.k}), {len(cells)} seeds x {batches} batches of "
+             f"{cfg.questions * cfg.G} rollouts: mean [lowest, highest]. sum: what remains of the angle as noise averages out; "
+             "other: to the gradient of the other batches, where `exact` is the most that a batch can reach")
+    lab.table(("estimator", "same rollouts", "sum over batches", "other batches", "pairs/row"), *(
+        (name, spread(join(name, "same"), ".3f"), spread([cell[name]["summed"] for cell in cells], ".3f"),
+         spread(join(name, "others"), ".3f"), f"{np.mean([cell[name]['pairs'] for cell in cells]):.2f}")
+        for name in cells[0]))
+    runs = learning(lab, "estimator", {name: ({}, name) for name in ("agrpo", "one-step", "ELBO")}, nominal_passes(cfg))
+    lab.finish(dict(cosines=cells, runs=runs), draw_learning(runs))
+
+
+@experiment("about 7 minutes", "--m 12 --updates 30 --questions 10 --eval_n 300", "--m 4 --updates 2 --questions 3 --eval_n 20")
+def k_(lab):
+    """What does a larger k buy, at equal updates and at equal compute?"""
+    m = lab.config(k=1).m
+    variants = {f"all ({m})" if k == m else f"{k}": (dict(k=k), "agrpo") for k in sorted({1, 2, m // 2, m})}
+    variants |= {f"{k}, surprise": (dict(k=k), "surprise") for k in (1, 2)}
+    runs = learning(lab, "k", variants, nominal_passes(lab.config(k=2)))
+    lab.finish(runs, draw_learning(runs))
+
+
+@experiment("about 5 minutes", "--updates 40 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
+def order(lab):
+    """Learning with every order of unmasking: evaluated as it samples, and greedily by low confidence."""
+    variants = {rule: (dict(unmasking=rule), "agrpo") for rule in ("random", "entropy", "max_prob")}
+    variants |= {f"low_confidence, {what} scored": (dict(unmasking="low_confidence", score_discarded=all_of_it), "agrpo")
+                 for what, all_of_it in (("all", True), ("kept only", False))}
+    runs = learning(lab, "order of unmasking", variants, 0)
+    lab.finish(runs, draw_learning(runs, compute=False))
+
+
+# ---- steps ----------------------------------------------------------------------------------------------------------
+
+
+def accuracy_at_every_m(cfg, updates):
+    """{(m, greedy): accuracy} of --adapter, of the base model (no update), or of adapters trained here."""
+    policy, data = load(cfg)
+    if updates:
+        train(policy, data, cfg)
+    return {(m, greedy): accuracy(policy, data, cfg, m, greedy) for greedy in (True, False)
+            for m in cli.that_divide(range(cfg.C, 0, -1), cfg.C, cfg.block_length, agrpo.steps_per_block)}
+
+
+@experiment("about 4 minutes", "--updates 150 --eval_n 500", "--updates 2 --questions 3 --eval_n 20")
+def steps(lab):
+    """Accuracy against denoising steps, base and trained: how many times fewer steps at equal accuracy?
+    --adapter A,B,... takes adapters of finished runs; without it one is trained per seed."""
+    cfg, given = lab.config(), (lab.config().adapter or "").split(",")
+    calls = [(lab.config(adapter=None), 0)] + ([(lab.config(adapter=folder), 0) for folder in given] if given[0] else
+                                               [(lab.config(seed=seed), 1) for seed in lab.seeds])
+    base, *trained = lab.map(accuracy_at_every_m, calls)
+    lab.note(f"held-out accuracy against denoising steps; {cfg.task}, C = {cfg.C}, n = {cfg.eval_n}; base: 95 % interval; trained "
+             f"at m = {cfg.m}, {len(trained)} adapters: mean [lowest, highest]. faster: the fewest steps at which the base is as "
+             "accurate, over these steps; surely: the same for the upper end of the base's interval and the lowest adapter")
+    for greedy in (True, False):
+        rows, ms = [], sorted(m for m, g in base if g == greedy)
+        for m in ms[::-1]:
+            mine = [t[m, greedy]["accuracy"] for t in trained]
+            fewest = [next((b for b in ms if base[b, greedy][bound] >= goal), None)
+                      for bound, goal in (("accuracy", np.mean(mine)), ("high", min(mine)))]
+            b = base[m, greedy]
+            rows.append((m, f"{b['accuracy']:.1%} [{b['low']:.1%}, {b['high']:.1%}]", spread(mine),
+                         *(f"{f / m:.1f}x" if f else f"never, > {ms[-1] / m:.1f}x" for f in fewest)))
+        lab.table(("steps, " + ("greedy" if greedy else "sampled"), "base", "trained", "faster", "surely"), *rows)
+
+    def draw(fig):
+        for ax, greedy in zip(fig.subplots(1, 2, sharey=True), (True, False)):
+            ms = sorted(m for m, g in base if g == greedy)
+            y, low, high = (np.array([base[m, greedy][key] for m in ms]) for key in ("accuracy", "low", "high"))
+            ax.errorbar(ms, y, [y - low, high - y], fmt="o--", c="gray", ms=3, capsize=2, label="base")
+            y = np.array([[t[m, greedy]["accuracy"] for t in trained] for m in ms])
+            ax.plot(ms, y.mean(1), "o-", ms=3, label=f"trained at m = {cfg.m}")
+            ax.fill_between(ms, y.min(1), y.max(1), alpha=0.2)
+            ax.set(xscale="log", xlabel=f"denoising steps, {'greedy' if greedy else 'sampled'}", xticks=ms, xticklabels=ms)
+            ax.minorticks_off()
+        fig.axes[0].set_ylabel("held-out accuracy")
+        fig.axes[0].legend(fontsize=7)
+    name = lambda cells: {f"{m} {'greedy' if g else 'sampled'}": x for (m, g), x in cells.items()}
+    lab.finish(dict(base=name(base), trained=[name(t) for t in trained]), draw)
+
+
+# ---- cost -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def timed(seconds, name, owner, attribute):
+    """Add the time spent in owner.attribute to seconds[name]."""
+    original = getattr(owner, attribute)
+
+    def wrapped(*args, **more):
+        start = time.time()
+        result = original(*args, **more)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds[name] = seconds.get(name, 0) + time.time() - start
+        return result
+    setattr(owner, attribute, wrapped)
+    try:
+        yield
+    finally:
+        setattr(owner, attribute, original)
+
+
+def cost_cell(cfg, updates):
+    """Mean seconds per update of each part, after one update to warm up; memory above what the loaded model took."""
+    policy, data = load(cfg)
+    loaded, seconds = logbook.peak_memory(policy.device), {}
+    parts = [("rolled", agrpo, "collect_rollouts"), ("reward", tasks, "grade_batch"), ("backward", torch.Tensor, "backward"),
+             ("loss", agrpo, "accumulate_gradient"), ("optimizer", agrpo, "optimizer_step")]
+    cfg.updates = 1
+    train(policy, data, cfg)
+    cfg.updates, cfg.seed = updates, cfg.seed + 1
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(timed(seconds, *part))
+        history, _ = train(policy, data, cfg)
+    s = {name: x / updates for name, x in seconds.items()}
+    mean = lambda name: float(np.mean([h[name] for h in history]))
+    live = cfg.questions * cfg.G * (1 - mean("dead_groups"))
+    return dict(rollout=s["rolled"] - s["reward"], reward=s["reward"], forward=s["loss"] - s.get("backward", 0),
+                backward=s.get("backward", 0), optimizer=s["optimizer"], pairs=mean("pairs"), dead=mean("dead_groups"),
+                passes=history[-1]["passes"] / updates, merged=1 - mean("pairs") / max(live * cfg.k, 1),
+                mebibytes=(logbook.peak_memory(policy.device) - loaded) / 2**20)
+
+
+@experiment("about 5 minutes", "--questions 40", "--questions 3")
+def cost(lab):
+    """Where do the seconds and the memory of an update go? One configuration per fresh process, one after the other: let
+    nothing else run on the machine."""
+    varied = [{}] + [dict(C=C) for C in (24, 48)] + [dict(m=m) for m in (6, 12)] + [dict(k=k) for k in (1, 3)]
+    varied += [dict(m=12, k=k) for k in (4, 12)] + [dict(G=G) for G in (4, 16)]
+    varied = varied[:2] if lab.quick else varied
+    cfgs = [lab.config(**swept) for swept in varied]
+    cells = lab.map(cost_cell, [(cfg, 1 if lab.quick else 4) for cfg in cfgs], fresh=not lab.quick)
+    parts = ("rollout", "reward", "forward", "backward", "optimizer")
+    lab.note(f"seconds per update of {cfgs[0].questions} questions; forward, backward: of the loss; passes: forward passes (a "
+             "backward counts 2); pairs: (row, step) pairs of the loss; dead: groups skipped; merged: timesteps drawn twice, "
+             "paid once; MiB: peak above the loaded model")
+    lab.table(("C m k G", *parts, "total", "passes", "pairs", "dead", "merged", "MiB"), *(
+        (f"{cfg.C} {cfg.m} {'all' if cfg.k == cfg.m else cfg.k} {cfg.G}", *(f"{x[part]:.3f}" for part in parts),
+         f"{sum(x[part] for part in parts):.2f}", f"{x['passes']:.0f}", f"{x['pairs']:.0f}", f"{x['dead']:.0%}",
+         f"{x['merged']:.0%}", f"{x['mebibytes']:.0f}") for cfg, x in zip(cfgs, cells)))
+    share = cells[0]["rollout"] / sum(cells[0][part] for part in parts)
+    lab.note(f"at the defaults the rollout is {share:.0%} of an update")
+
+    def draw(fig):
+        ax, left = fig.subplots(), np.zeros(len(cells))
+        labels = [f"C {cfg.C}, m {cfg.m}, k {cfg.k}, G {cfg.G}" for cfg in cfgs]
+        for part in parts:
+            x = np.array([cell[part] for cell in cells])
+            ax.barh(labels, x, left=left, label=part)
+            left += x
+        ax.invert_yaxis()
+        ax.set_xlabel("seconds per update")
+        ax.legend(fontsize=7)
+    lab.finish([dict(cell, C=cfg.C, m=cfg.m, k=cfg.k, G=cfg.G) for cfg, cell in zip(cfgs, cells)], draw)
+
+
+# ---- signatures -----------------------------------------------------------------------------------------------------
+
+PROVOCATIONS = [                                     # signature, what is done to the run, flags, estimator
+    (None, "nothing: the defaults", {}, "agrpo"),
+    ("spike", "--k 1 of m = 20, uniform iid, sudoku", dict(task="sudoku", m=20, k=1, timesteps="uniform", points="iid",
+                                                           questions=2), "agrpo"),
+    ("spike", "weights unbounded: p_t falls with the entropy", dict(m=12, questions=2), "inverse entropy"),
+    ("entropy", "one guess of the whole: --m 1 --k 1 --lr 1e-2", dict(m=1, k=1, lr=1e-2), "agrpo"),
+    ("eos", "a last block of little but EOS: --block_length 3 --m 4", dict(block_length=3, m=4), "agrpo"),
+    ("dead", "too easy: sudoku --m 20 --G 2", dict(task="sudoku", m=20, G=2, questions=20), "agrpo"),
+    ("clip", "--mu 8 --lr 2e-2", dict(mu=8, lr=2e-2), "agrpo"),
+]
+
+
+def provoke(cfg, estimator):
+    return train(*load(cfg), cfg, estimator)[0]
+
+
+@experiment("about 5 minutes", "--updates 40 --questions 10", "--updates 3 --questions 3")
+def signatures(lab):
+    """Provoke each failure: does the warning of agrpo.py's log (logbook.signatures) name it, and when?"""
+    calls = [(lab.config(seed=seed, **flags), estimator) for *_, flags, estimator in PROVOCATIONS for seed in lab.seeds]
+    done = iter(lab.map(provoke, calls))
+    rows, results = [], []
+    for wanted, cause, flags, estimator in PROVOCATIONS:
+        runs = [next(done) for _ in lab.seeds]
+        named = [next((h["update"] for h in run for kind, _ in h["warnings"] if kind == wanted), None) for run in runs]
+        others = sorted({kind for run in runs for h in run for kind, _ in h["warnings"]} - {wanted})
+        rows.append((wanted or "none", cause, " ".join(str(n or "-") for n in named), ", ".join(others) or "-"))
+        results.append(dict(wanted=wanted, cause=cause, flags=flags, estimator=estimator, named=named, runs=runs))
+    lab.note(f"{calls[0][0].updates} updates, seeds {lab.seeds}: the update at which the warning first came (-: never)")
+    lab.table(("signature", "provoked by", "named at update", "other warnings"), *rows)
+    texts = {kind: text for x in results for run in x["runs"] for h in run for kind, text in h["warnings"]}
+    lab.say("", *(f"warning: {text}"[:118] for _, text in sorted(texts.items())))
+
+    def draw(fig):
+        for ax, key in zip(fig.subplots(1, 3), ("grad_norm", "entropy", "late_eos")):
+            for x in results:
+                ax.plot([h[key] for h in x["runs"][0]], lw=0.9, label=f"{x['wanted'] or 'none'}: {x['cause']}"[:45])
+            ax.set(xlabel="update", title=key, yscale="log" if key == "grad_norm" else "linear")
+        fig.axes[0].legend(fontsize=5)
+    lab.finish(results, draw)
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+def main(argv=None):
+    name, *argv = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name == "curves":
+        return curves(argv)
+    if name not in EXPERIMENTS:
+        print(__doc__)
+        print("On 2 idle CPU cores:", ", ".join(f"{n} {x[1]}" for n, x in EXPERIMENTS.items()))
+        return 0 if name in ("-h", "--help") else 2
+    lab = Lab(name, argv)
+    lab.function(lab)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.in_one_sentence(main))
