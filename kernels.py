@@ -18,7 +18,8 @@ weights costs, whatever follows), autotuning, ignored labels, second derivatives
 only the top-k tokens no V-wide kernel is needed: `support_logprobs_and_entropy`. The kernel is for
 untruncated sampling, top-p alone, and the entropy of the full distribution.
 
-    python kernels.py     # with a GPU: correctness, then tables. Without: correctness, in the interpreter
+    python kernels.py             # with a GPU: correctness, then tables. Without: correctness, in the interpreter
+    python kernels.py --bench     # one update at LLaDA-8B's shape: what the head on selected rows saves
 
 Letters: N rows to score, V vocabulary, B x L batch and sequence of 3-d logits, T temperature.
 Order (naive, kernel, autograd, benchmark) after Triton's tutorials 02 (softmax) and 05 (layer norm).
@@ -306,7 +307,10 @@ def check(device, T=0.6):
 
 
 if __name__ == "__main__":
-    if torch.cuda.is_available():
+    if "--bench" in sys.argv[1:]:                        # not the kernel alone: a whole update of an 8B model
+        from lab.bench_update import benchmark
+        benchmark()
+    elif torch.cuda.is_available():
         check("cuda")
         from lab.bench_kernels import benchmark
         benchmark()

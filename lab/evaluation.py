@@ -28,11 +28,11 @@ class Kept:
         self.book, self.folder, self.records = book, book.out / "eval.partial", {}
         if book.cfg.resume:
             self.recover()
+        self.folder.mkdir(parents=True, exist_ok=True)           # every process: machines may have disks of their own
         if book.main:
-            self.folder.mkdir(exist_ok=True)
             write_json(self.folder / "config.json", describe(book.cfg))
             write_lines(self.folder / "before.jsonl", self.records.values())
-        book.total(0)                                # the others wait for the folder, and have read the old parts
+        book.total(0)                                # all have read the old parts, and they are in before.jsonl
         self.part = self.folder / f"part-{book.share[0]}.jsonl"
         self.part.unlink(missing_ok=True)
 

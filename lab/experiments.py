@@ -179,7 +179,7 @@ def variance_cell(cfg, ms, draws):
     return found
 
 
-@experiment("about 4 minutes", "--questions 8 --updates 20", "--questions 3 --G 4 --updates 2")
+@experiment("about 6 minutes", "--questions 8 --updates 20", "--questions 3 --G 4 --updates 2")
 def variance(lab):
     """How noisy is the gradient estimate against the exact one of all steps, for every timestep sampler, k and m? Cells:
     task x (all parameters of the base model | LoRA after --updates updates) x seed, each with its own rollouts."""

@@ -75,7 +75,7 @@ class Lab:
         self.lines += lines
 
     def note(self, text):
-        self.say("", *textwrap.wrap(text, 118))
+        self.say("", *textwrap.wrap(text, 118, break_on_hyphens=False))
 
     def table(self, head, *rows):
         """Columns as wide as their widest cell, the first one left-aligned."""

@@ -572,3 +572,11 @@ def test_a_rollout_and_its_gradient_agree_between_kernel_and_reference(device, h
     assert ((a.logp_old - b.logp_old).abs() / (1 + b.logp_old.abs())).max() <= LOGP_BAR
     assert (a.entropy - b.entropy).abs().max() <= H_BAR
     assert (grad_a - grad_b).norm() / grad_b.norm() <= 1e-5 and grad_b.norm() > 0
+
+
+@pytest.mark.skipif(CUDA, reason="with a CUDA device it builds a model of 8 billion parameters")
+def test_the_benchmark_of_a_whole_update_runs_on_a_toy_without_a_gpu():
+    done = subprocess.run([sys.executable, str(ROOT / "kernels.py"), "--bench"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [line.split("  ")[1].strip() for line in done.stdout.splitlines()[1:]] == [
+        "head on the scored rows", "head everywhere", "everywhere / scored"]
