@@ -436,7 +436,7 @@ PROVOCATIONS = [                                     # signature, what is done t
     ("spike", "weights unbounded: p_t falls with the entropy", dict(m=12, questions=2), "inverse entropy"),
     ("entropy", "one guess of the whole: --m 1 --k 1 --lr 1e-2", dict(m=1, k=1, lr=1e-2), "agrpo"),
     ("eos", "a last block of little but EOS: --block_length 3 --m 4", dict(block_length=3, m=4), "agrpo"),
-    ("dead", "too easy: sudoku --m 20 --G 2", dict(task="sudoku", m=20, G=2, questions=20), "agrpo"),
+    ("dead", "rollouts alike: --m 12 --G 2 --temperature 0.1", dict(m=12, G=2, temperature=0.1), "agrpo"),
     ("clip", "--mu 8 --lr 2e-2", dict(mu=8, lr=2e-2), "agrpo"),
 ]
 

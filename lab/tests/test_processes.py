@@ -40,6 +40,12 @@ def half_dead():
     tasks.TASKS["half"] = tasks.Task("half", prompt, grade, None, make=make)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def the_task_is_forgotten_afterwards():
+    yield
+    tasks.TASKS.pop("half", None)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder, tokenizer = tmp_path_factory.mktemp("model"), make_tiny.make_tokenizer()
