@@ -261,7 +261,7 @@ def cosine_cell(cfg, batches):
             for name, es in grads.items()}
 
 
-@experiment("about 6 minutes", "--updates 60 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
+@experiment("about 6 minutes", "--updates 60 --lr 1e-3 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
 def compare(lab):
     """AGRPO, diffu-GRPO's one-step likelihood and an ELBO: the angle to the exact gradient on the same rollouts (all
     parameters of the base model), then learning (LoRA) at equal updates and at equal compute."""
@@ -280,7 +280,8 @@ def compare(lab):
     lab.finish(dict(cosines=cells, runs=runs), draw_learning(runs))
 
 
-@experiment("about 7 minutes", "--m 12 --updates 30 --questions 10 --eval_n 300", "--m 4 --updates 2 --questions 3 --eval_n 20")
+@experiment("about 7 minutes", "--m 12 --updates 30 --questions 10 --lr 5e-4 --eval_n 300",
+            "--m 4 --updates 2 --questions 3 --eval_n 20")
 def k_(lab):
     """What does a larger k buy, at equal updates and at equal compute?"""
     m = lab.config(k=1).m
@@ -290,7 +291,7 @@ def k_(lab):
     lab.finish(runs, draw_learning(runs))
 
 
-@experiment("about 5 minutes", "--updates 40 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
+@experiment("about 5 minutes", "--updates 40 --lr 1e-3 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
 def order(lab):
     """Learning with every order of unmasking: evaluated as it samples, and greedily by low confidence."""
     variants = {rule: (dict(unmasking=rule), "agrpo") for rule in ("random", "entropy", "max_prob")}
@@ -312,7 +313,7 @@ def accuracy_at_every_m(cfg, updates):
             for m in cli.that_divide(range(cfg.C, 0, -1), cfg.C, cfg.block_length, agrpo.steps_per_block)}
 
 
-@experiment("about 4 minutes", "--updates 150 --eval_n 500", "--updates 2 --questions 3 --eval_n 20")
+@experiment("about 4 minutes", "--updates 150 --lr 1e-3 --eval_n 500", "--updates 2 --questions 3 --eval_n 20")
 def steps(lab):
     """Accuracy against denoising steps, base and trained: how many times fewer steps at equal accuracy?
     --adapter A,B,... takes adapters of finished runs; without it one is trained per seed."""
