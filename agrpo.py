@@ -50,7 +50,6 @@ import torch
 import tasks
 from kernels import logprobs_and_entropy, support_logprobs_and_entropy
 from lab import cli, evaluation, logbook, models, processes      # flags, files, loading: no need to read it first
-from lab.cli import UserError
 
 # ====================================================================================================================
 # § Config
@@ -309,7 +308,7 @@ def rollout(policy, q, q_mask, *, C, m, block_length, mask_id, eos_id, temperatu
             at = at.gather(1, keep)
         c = at.shape[1]
         tok, logp, H, support = sample_tokens(logits, u[row, t, :c].flatten(), temperature, top_k, top_p)
-        tok, reveal, scored = tok.view(A, c), slice(None), slice(None)           # all that was drawn, unless
+        tok, reveal, scored = tok.view(A, c), slice(None), slice(None)           # all that was drawn
         if everywhere:
             confidence, _ = logprobs_and_entropy(logits, tok.flatten())          # LLaDA's: at T = 1
             keep = confidence.view(A, c).topk(W, dim=1).indices

@@ -7,14 +7,13 @@ with any number of processes, and may ask for more steps, seeds or problems. Wri
 completion), eval.json (the table, the flags) and eval.png (accuracy against steps).
 """
 import contextlib
-import io
 import json
 import math
 import shutil
 from dataclasses import asdict, replace
 
 from lab.cli import UserError, step_list
-from lab.logbook import (FREE_ON_RESUME, append_line, describe, eval_table, read_json, wilson, write_atomically, write_json,
+from lab.logbook import (FREE_ON_RESUME, append_line, describe, eval_table, read_json, save_figure, wilson, write_json,
                          write_lines)
 
 MORE = FREE_ON_RESUME | {"steps", "seeds", "eval_n", "beside_base"}              # what a resumed evaluation may change
@@ -134,7 +133,4 @@ def draw(path, cfg, columns):
     n = next(iter(columns.values()))[0]["n"]
     ax.set(xlabel="denoising steps m", ylabel="accuracy", ylim=(0, 1), title=f"{cfg.task}, {n} problems")
     ax.legend()
-    blob = io.BytesIO()
-    fig.savefig(blob, dpi=120)
-    plt.close(fig)
-    write_atomically(path, blob.getvalue())
+    save_figure(path, fig)

@@ -535,6 +535,16 @@ def eval_table(*columns):
             "".join(f"{' -> '.join(format(e[k], '.3f') for e in cells):>20}" for k in more)
 
 
+def save_figure(path, fig):
+    """A pyplot figure as PNG, written atomically, and closed."""
+    import matplotlib.pyplot as plt
+
+    blob = io.BytesIO()
+    fig.savefig(blob, dpi=120)
+    plt.close(fig)
+    write_atomically(path, blob.getvalue())
+
+
 def draw_curve(path, state, cfg):
     import matplotlib
     matplotlib.use("Agg")
@@ -548,10 +558,7 @@ def draw_curve(path, state, cfg):
     ax.axhline(evals[0]["accuracy"], ls="--", c="gray", label="base model")
     ax.set(xlabel="update", ylabel="accuracy", ylim=(0, 1), title=f"{cfg.task}, m = {cfg.m}, k = {cfg.k}, seed {cfg.seed}")
     ax.legend()
-    blob = io.BytesIO()
-    fig.savefig(blob, dpi=120)
-    plt.close(fig)
-    write_atomically(path, blob.getvalue())
+    save_figure(path, fig)
 
 
 def peak_memory(device):

@@ -3,7 +3,6 @@
 In the order a run needs them: `load_model`, `special_ids` and `head_in_float32` (both for agrpo.Policy), `preflight`,
 then `add_adapters` or `load_adapter`. All raise UserError: one sentence that names the cause.
 """
-import math
 from collections import Counter
 from pathlib import Path
 
