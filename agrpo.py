@@ -79,6 +79,7 @@ class Config:
     numbers: Optional[int] = _(None, "countdown: how many numbers")
     max_number: Optional[int] = _(None, "countdown: largest number")
     max_target: Optional[int] = _(None, "countdown: largest target")
+    division: Optional[bool] = _(None, "countdown: whether a target may need a division")
     empties: Optional[int] = _(None, "sudoku: empty cells")
     max_prompt: int = _(512, "prompts of more tokens are left out, and counted")
     # --- the denoising MDP
@@ -94,7 +95,7 @@ class Config:
     G: int = _(8, "rollouts per prompt (the group)")
     questions: Optional[int] = _(None, "prompts per update, over all processes: questions x G rollouts")
     k: Optional[int] = _(None, "Monte-Carlo timesteps per rollout, k << m")
-    timesteps: str = _("entropy", "p_t: uniform, or entropy (importance sampling by the step's entropy)")
+    timesteps: str = _("surprise", "p_t follows: surprise (how unlikely the step's tokens were), entropy (paper), uniform")
     points: str = _("low-discrepancy", "how k points are drawn: low-discrepancy, iid, row-strata, batch-strata (official)")
     mu: int = _(1, "passes (optimizer steps) over one batch of rollouts, each with fresh timesteps")
     eps: float = _(0.2, "clip width of the ratio")
@@ -140,7 +141,7 @@ PRESETS = {
     "tiny": dict(C=32, m=8, k=4, temperature=1.0, questions=40, lr=2e-3, lora_r=32, lora_alpha=64, updates=150,
                  micro_batch=320, rollout_batch=512, eval_batch=512, eval_every=25, eval_sampled=True, dtype="float32",
                  activation_checkpointing=False),
-    "tiny/countdown": dict(C=12, m=3, k=2, max_number=12),
+    "tiny/countdown": dict(C=12, m=3, k=2, max_number=12, division=False),
     "tiny/sudoku": dict(C=20, m=4, k=2, empties=12, lr=5e-4, updates=60, eval_every=10),
     "llada": dict(C=384, m=128, block_length=12, temperature=0.6, top_k=150, top_p=0.99, k=24, questions=16,
                   updates=300, lr=1e-5, lora_r=64, lora_alpha=64, micro_batch=4, rollout_batch=16, eval_batch=16,
@@ -368,20 +369,33 @@ def group_advantages(rewards, G, normalise_std=False):
 # decides the variance (README, "Does it work as claimed").
 
 
-def timestep_probs(n, m, entropy=None, floor=0.1):
-    """p_t over the n steps a row took. n (B,); entropy (B, m, S) for importance sampling, or None for uniform.
+def step_importance(traj, timesteps):
+    """What p_t follows, summed over the tokens of a step by `timestep_probs`: (B, m, S or 1), or None for uniform.
 
-    Importance sampling follows the summed entropy of the step's tokens (paper): a step with nothing to decide has a
-    small gradient. Mixed with a share `floor` of uniform, so that w <= n / (k * floor): a bare entropy would give a
-    step of entropy 1e-8 a weight of 1e8. Returns (B, m) float64, rows summing to 1 (to 0 where n = 0).
+    entropy   the paper's: a step with nothing to decide has a small gradient
+    surprise  ours: sqrt(sum_a (1 - p_a)^2) over the step's tokens a. At the logits the gradient of log p_a is e_a - p,
+              whose norm lies between 1 - p_a and sqrt(2) (1 - p_a). Entropy starves steps that were sure of another
+              token: their gradient is large, and so then is their weight (variance: README, "Does it work as claimed").
+    p_t may depend on the tokens drawn: given the trajectory, the estimate of its sum over steps stays unbiased.
+    """
+    if timesteps == "surprise":                      # logp_old is 0 in empty slots: surprise 0
+        return (1 - traj.logp_old.double().exp()).square().sum(-1, keepdim=True).sqrt()
+    return traj.entropy if timesteps == "entropy" else None
+
+
+def timestep_probs(n, m, importance=None, floor=0.1):
+    """p_t over the n steps a row took. n (B,); importance (B, m, S) >= 0, summed over slots, or None for uniform.
+
+    Mixed with a share `floor` of uniform, so that w <= n / (k * floor): a bare entropy would give a step of entropy
+    1e-8 a weight of 1e8. Returns (B, m) float64, rows summing to 1 (to 0 where n = 0).
     """
     acted = (torch.arange(m, device=n.device) < n[:, None]).double()             # (B, m)
     uniform = acted / n[:, None].clamp(min=1)
-    if entropy is None:
+    if importance is None:
         return uniform
-    H = entropy.double().sum(dim=-1).clamp(min=0) * acted                        # (B, m)
-    total = H.sum(dim=1, keepdim=True)
-    mixed = (1 - floor) * H / total.clamp(min=1e-300) + floor * uniform
+    s = importance.double().sum(dim=-1).clamp(min=0) * acted                     # (B, m)
+    total = s.sum(dim=1, keepdim=True)
+    mixed = (1 - floor) * s / total.clamp(min=1e-300) + floor * uniform
     return torch.where(total > 0, mixed, uniform)
 
 
@@ -489,7 +503,7 @@ def clipped_loss(logp, logp_old, adv, w, filled, eps=0.2, beta=0.0, logp_ref=Non
 # ====================================================================================================================
 
 
-def accumulate_gradient(policy, traj, adv, *, k, rows_total, mask_id, eos_id, temperature=1.0, timesteps="entropy",
+def accumulate_gradient(policy, traj, adv, *, k, rows_total, mask_id, eos_id, temperature=1.0, timesteps="surprise",
                         points="low-discrepancy", eps=0.2, beta=0.0, per_step=False, length_norm="constant",
                         micro_batch=32, rand=uniforms, reference=None):
     """Add the gradient of -J of one batch of trajectories to .grad of the policy's parameters.
@@ -508,7 +522,7 @@ def accumulate_gradient(policy, traj, adv, *, k, rows_total, mask_id, eos_id, te
         rows, steps = (torch.arange(m, device=n.device) < n[:, None]).nonzero().unbind(dim=1)
         w = torch.ones(len(rows), dtype=torch.float64, device=n.device)
     else:
-        p = timestep_probs(n, m, traj.entropy if timesteps == "entropy" else None)
+        p = timestep_probs(n, m, step_importance(traj, timesteps))
         rows, steps, w = sample_timesteps(p, timestep_points(len(n), k, points, rand))
     w = w / (norm[rows] * rows_total)
     seen = []
@@ -561,7 +575,7 @@ def evaluate(policy, data, cfg, m, greedy, share=(0, 1), skip=(), write=lambda r
         dict(C=cfg.C, block_length=cfg.block_length, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
              unmasking=cfg.unmasking)
     records, todo = [], [i for i in range(min(cfg.eval_n, len(data))) if i not in skip][share[0]::share[1]]
-    for batch in policy.batches(cfg.task, [data[i] for i in todo], cfg.eval_batch):
+    for batch in policy.batches([policy.encode(cfg.task, data[i]) for i in todo], cfg.eval_batch):
         rand = row_random([(cfg.seed, "evaluation", m, todo[i]) for i in batch.index])
         traj = rollout(policy, batch.q, batch.q_mask, m=m, mask_id=policy.mask_id, eos_id=policy.eos_id, rand=rand,
                        **how)
@@ -647,7 +661,9 @@ class Policy:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         else:
             text = "\n\n".join(message["content"] for message in messages) + "\n\n"
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        models.refuse_unknown(self, text, ids)
+        return ids
 
     def pad(self, prompts, index=None):
         """Left-pad lists of ids to one Batch."""
@@ -656,12 +672,11 @@ class Policy:
         q_mask = torch.tensor([[0] * (P - len(ids)) + [1] * len(ids) for ids in prompts], device=self.device)
         return Batch(list(range(len(prompts))) if index is None else index, q, q_mask)
 
-    def batches(self, task, examples, rows, copies=1):
-        """Yield Batches of at most `rows` rows, `copies` contiguous rows per example, one example never split.
+    def batches(self, prompts, rows, copies=1):
+        """Yield Batches of at most `rows` rows, `copies` contiguous rows per prompt (list of ids), one prompt never split.
 
         A model that ignores its attention mask would see the padding as text: it gets prompts of one length at a time.
         """
-        prompts = [self.encode(task, example) for example in examples]
         order = range(len(prompts))
         if self.ignores_mask:
             order = sorted(order, key=lambda i: len(prompts[i]))
@@ -702,9 +717,10 @@ def collect_rollouts(policy, data, cfg, update, share=(0, 1)):
     and how many prompts were too long and left out.
     """
     mine = list(questions(len(data), cfg.questions, update, cfg.seed))[share[0]::share[1]]
-    kept = [i for i in mine if len(policy.encode(cfg.task, data[i])) <= cfg.max_prompt]
+    prompts = {i: policy.encode(cfg.task, data[i]) for i in mine}
+    kept = [i for i in mine if len(prompts[i]) <= cfg.max_prompt]
     batches, texts, asked = [], [], []
-    for batch in policy.batches(cfg.task, [data[i] for i in kept], cfg.rollout_batch, copies=cfg.G):
+    for batch in policy.batches([prompts[i] for i in kept], cfg.rollout_batch, copies=cfg.G):
         keys = [(cfg.seed, update, kept[j], row % cfg.G) for row, j in enumerate(batch.index)]
         traj = rollout(policy, batch.q, batch.q_mask, C=cfg.C, m=cfg.m, block_length=cfg.block_length,
                        mask_id=policy.mask_id, eos_id=policy.eos_id, temperature=cfg.temperature, top_k=cfg.top_k,
@@ -722,7 +738,7 @@ def train(cfg, policy, data, book):
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
     total, warm = cfg.updates * cfg.mu, max(1, round(cfg.warmup * cfg.updates * cfg.mu))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(       # linear warm-up, then cosine to 0
-        (i + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, i + 1 - warm) / max(1, total - warm)))))
+        (i + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, i + 1 - warm) / (total - warm + 1)))))
     measure = lambda m, greedy: book.evaluation(
         evaluate(policy, data["test"], cfg, m, greedy, book.share), m, greedy)
     for update in book.start(optimizer, schedule, measure):
@@ -753,7 +769,7 @@ def train(cfg, policy, data, book):
 
 
 def load_data(cfg, split):
-    options = {name: getattr(cfg, name) for name in ("numbers", "max_number", "max_target", "empties")
+    options = {name: getattr(cfg, name) for name in ("numbers", "max_number", "max_target", "division", "empties")
                if getattr(cfg, name) is not None}
     file = cfg.train_file if split == "train" else cfg.test_file
     return tasks.load(cfg.task, split, seed=cfg.seed if split == "train" else 0, file=file, **options)

@@ -103,7 +103,7 @@ def in_test(nums, target):
     return hashlib.blake2b(repr((sorted(nums), target)).encode(), digest_size=1).digest()[0] < 32
 
 
-def make_countdown(seed, index, split, numbers, max_number, max_target):
+def make_countdown(seed, index, split, numbers, max_number, max_target, division):
     """Numbers and a random expression over all of them, drawn until its value is a target of this split."""
     rng = random.Random(f"{seed} {index} {split}")  # of its own: no global generator, no order of calls
     for _ in range(20_000):
@@ -112,7 +112,7 @@ def make_countdown(seed, index, split, numbers, max_number, max_target):
         while len(items) > 1:
             a, b = items.pop(int(rng.random() * len(items)))
             c, d = items.pop(int(rng.random() * len(items)))
-            op = int(rng.random() * 4)
+            op = int(rng.random() * (4 if division else 3))
             if op == 3 and c == 0:
                 items = [(0, 1)]  # division by zero: 0 is no target
             else:
@@ -504,7 +504,7 @@ def read_choice(row, split, options):
 
 TASKS = {task.name: task for task in (
     Task("countdown", countdown_prompt, grade_countdown, read_countdown, make=make_countdown,
-         options={"numbers": 3, "max_number": 100, "max_target": 100},
+         options={"numbers": 3, "max_number": 100, "max_target": 100, "division": True},
          limits={"numbers": (2, 6), "max_number": (1, 10**6), "max_target": (1, 10**6)}),
     Task("sudoku", sudoku_prompt, grade_sudoku, read_sudoku, make=make_sudoku,
          options={"empties": 8}, limits={"empties": (0, 12)}),

@@ -161,7 +161,7 @@ def estimator_mean(model, traj, probability, *, k, timesteps="uniform", points="
     """
     rewards = torch.tensor([reward_of(o) for o in traj.o.tolist()], dtype=torch.float64)
     m = traj.pos.shape[1]
-    p = agrpo.timestep_probs(traj.n, m, traj.entropy if timesteps == "entropy" else None)
+    p = agrpo.timestep_probs(traj.n, m, agrpo.step_importance(traj, timesteps))
     edges = p.cumsum(dim=1)
     # one point: u = offset itself; evenly spaced points: u_j = (j + offset) / k, so an edge at c is met at (c k) mod 1
     edges = edges if points == "iid" else (edges * k) % 1
@@ -327,15 +327,15 @@ def test_dead_groups_contribute_exactly_nothing():
 # § Timestep sampler
 # ======================================================================================================================
 
-SAMPLERS = list(itertools.product(["uniform", "entropy"], ["low-discrepancy", "row-strata", "batch-strata", "iid"]))
+SAMPLERS = list(itertools.product(["uniform", "importance"], ["low-discrepancy", "row-strata", "batch-strata", "iid"]))
 
 
 @pytest.mark.parametrize("timesteps, points", SAMPLERS)
 def test_weights_are_unbiased_and_bounded(timesteps, points):
     torch.manual_seed(0)
     B, m, k, floor, n = 4, 6, 3, 0.1, torch.tensor([6, 6, 3, 1])
-    entropy = torch.tensor([[1, 0, 2, 1e-8, 3, 1], [0.0] * 6, [5, 1, 1, 9, 9, 9], [2] * 6])[..., None]
-    p = agrpo.timestep_probs(n, m, entropy if timesteps == "entropy" else None, floor)
+    importance = torch.tensor([[1, 0, 2, 1e-8, 3, 1], [0.0] * 6, [5, 1, 1, 9, 9, 9], [2] * 6])[..., None]
+    p = agrpo.timestep_probs(n, m, None if timesteps == "uniform" else importance, floor)
     assert torch.allclose(p.sum(dim=1), torch.ones(4).double()) and (p[2, 3:] == 0).all() and (p[3, 1:] == 0).all()
     total, trials = torch.zeros(B, m).double(), 4000
     for _ in range(trials):
@@ -501,7 +501,8 @@ def test_the_mean_of_the_estimator_is_the_policy_gradient(name):
     traj, probability = every_rollout(model, **how)
     assert probability.sum().item() == pytest.approx(1, abs=1e-12)          # the rollout's own probabilities: all there
     for timesteps, points, k in [("uniform", "iid", 1), ("entropy", "iid", 1), ("uniform", "low-discrepancy", 2),
-                                 ("entropy", "low-discrepancy", 2), ("entropy", "row-strata", 3)]:
+                                 ("entropy", "low-discrepancy", 2), ("surprise", "low-discrepancy", 2),
+                                 ("surprise", "iid", 1), ("entropy", "row-strata", 3)]:
         got = estimator_mean(model, traj, probability, k=k, timesteps=timesteps, points=points,
                              temperature=how.get("temperature", 1.0))
         assert same(got, want), (timesteps, points, k, cosine(got, want))

@@ -174,7 +174,7 @@ def check(cfg, steps_per_block):
     if not 0 < cfg.top_p <= 1:
         raise UserError(f"--top_p {cfg.top_p} must be above 0 and at most 1")
     choices = dict(mode=("train", "eval"), unmasking=("random", "entropy", "max_prob", "low_confidence"),
-                   timesteps=("uniform", "entropy"), points=("low-discrepancy", "iid", "row-strata", "batch-strata"),
+                   timesteps=("surprise", "entropy", "uniform"), points=("low-discrepancy", "iid", "row-strata", "batch-strata"),
                    ratio=("token", "step"), length_norm=("constant", "official"),
                    dtype=("float32", "bfloat16", "float16"))
     for name, good in choices.items():

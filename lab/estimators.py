@@ -64,11 +64,6 @@ def score(policy, cfg, traj, adv, rows, q, x_t, pos, w):
     return seen
 
 
-def surprise(policy, cfg, traj, *more):
-    """AGRPO with p_t in proportion to |1 - p_a| over the step's tokens a, in place of their entropy (see `variance`)."""
-    return agrpo_estimate(policy, replace(cfg, timesteps="entropy"), traj._replace(entropy=surprises(traj)), *more)
-
-
 def inverse_entropy(policy, cfg, traj, *more):
     """A misconfigured sampler: p_t falls with the step's entropy, so that the steps that decide are drawn rarely, with
     large weights."""
@@ -76,8 +71,7 @@ def inverse_entropy(policy, cfg, traj, *more):
     return agrpo_estimate(policy, replace(cfg, timesteps="entropy"), traj._replace(entropy=1 / (H + 1e-2) ** 2), *more)
 
 
-ESTIMATORS = {"agrpo": agrpo_estimate, "surprise": surprise, "one-step": one_step, "ELBO": elbo,
-              "inverse entropy": inverse_entropy}
+ESTIMATORS = {"agrpo": agrpo_estimate, "one-step": one_step, "ELBO": elbo, "inverse entropy": inverse_entropy}
 
 
 # ---- the variance of AGRPO's timestep samplers ----------------------------------------------------------------------
@@ -91,16 +85,8 @@ SAMPLERS = [(weight, points) for weight in WEIGHTS for points in POINTS] + [
 def timestep_weights(policy, cfg, traj, norms):
     """What p_t is proportional to, as agrpo.timestep_probs takes it: (B, m, 1). norms (B, m): the true |g_t|."""
     H = traj.entropy.double().sum(-1, keepdim=True).clamp(min=0)
-    return {"uniform": None, "entropy": H, "root entropy": H.sqrt(), "surprise": surprises(traj),
+    return {"uniform": None, "entropy": H, "root entropy": H.sqrt(), "surprise": agrpo.step_importance(traj, "surprise"),
             "score norm": score_norms(policy, cfg, traj)[..., None], "true norm": norms[..., None]}
-
-
-def surprises(traj):
-    """sqrt(sum over the step's tokens a of (1 - p_a)^2), (B, m, 1), from logp_old alone. At the logits the score of a
-    drawn token is e_a - p, and its norm lies between 1 - p_a and sqrt(2) (1 - p_a). p_t may depend on all of the
-    trajectory, the drawn tokens too: given the trajectory, the estimate of its sum stays unbiased."""
-    p_a = traj.logp_old.double().exp().clamp(max=1)                              # 1 in empty slots
-    return (1 - p_a).square().sum(-1, keepdim=True).sqrt()
 
 
 @torch.no_grad()

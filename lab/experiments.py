@@ -286,7 +286,7 @@ def k_(lab):
     """What does a larger k buy, at equal updates and at equal compute?"""
     m = lab.config(k=1).m
     variants = {f"all ({m})" if k == m else f"{k}": (dict(k=k), "agrpo") for k in sorted({1, 2, m // 2, m})}
-    variants |= {f"{k}, surprise": (dict(k=k), "surprise") for k in (1, 2)}
+    variants |= {f"{k}, official sampler": (dict(k=k, timesteps="entropy", points="batch-strata"), "agrpo") for k in (1, 2)}
     runs = learning(lab, "k", variants, nominal_passes(lab.config(k=2)))
     lab.finish(runs, draw_learning(runs))
 

@@ -116,8 +116,7 @@ def picture(path, draw, keep=False):
     fig = plt.figure(figsize=(8, 3.4), layout="constrained")
     draw(fig)
     path.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    logbook.save_figure(path, fig)
     if keep:
         (ROOT / "lab" / "figures").mkdir(exist_ok=True)
         shutil.copy(path, ROOT / "lab" / "figures")

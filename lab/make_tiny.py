@@ -18,6 +18,7 @@ Held-out problems stay held out: problems come from the train split of tasks.py,
 the problem itself (numbers and target, or solution grid) and so the same for every seed.
 """
 import argparse
+import itertools
 import random
 import sys
 import time
@@ -31,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tasks
 
 # The sizes every default of `run.sh countdown` and `run.sh sudoku` on the tiny model assumes.
-COUNTDOWN = dict(numbers=3, max_number=12, max_target=100)
+COUNTDOWN = dict(numbers=3, max_number=12, max_target=100, division=False)
 SUDOKU = dict(empties=10)
 COMPLETION = {"countdown": 12, "sudoku": 20}         # C: the longest answer is 11 tokens, or 18, then [EOS]
 
@@ -54,49 +55,64 @@ def make_tokenizer():
     return tokenizer
 
 
-def make_model(tokenizer):
+DROPOUT = ("embedding_dropout", "mlp_dropout", "attention_dropout")     # in pretraining only; saved as 0
+
+
+def make_model(tokenizer, dropout=0.0):
     from transformers import ModernBertConfig, ModernBertForMaskedLM
 
     return ModernBertForMaskedLM(ModernBertConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
         num_attention_heads=4, max_position_embeddings=256,
         global_attn_every_n_layers=1,                # every layer sees the whole text, not a window of it
+        global_rope_theta=100.0,                     # texts of 20 to 40 tokens: the default, 160000, hardly tells them apart
+        initializer_range=0.08,                      # about 1 / sqrt(width); with 0.02 half of the cycle goes into growing
+        **dict.fromkeys(DROPOUT, dropout),           # without it, the model learns the training problems by heart
         mask_token_id=tokenizer.mask_token_id,
         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.sep_token_id,
         cls_token_id=tokenizer.sep_token_id, sep_token_id=tokenizer.sep_token_id, reference_compile=False))
 
 
 @lru_cache(maxsize=None)
-def tidy_answers(nums, target):
-    """All right answers, tidiest first: few parentheses, then few divisions and subtractions, then large numbers first."""
-    def untidiness(text):
-        return text.count("("), text.count("/"), text.count("-"), [-int(n) for n in text.split() if n.isdigit()], text
-    return sorted(tasks.countdown_solutions(list(nums), target), key=untidiness)
+def answers(nums, target):
+    """All right answers without a division."""
+    return [text for text in tasks.countdown_solutions(list(nums), target) if "/" not in text]
 
 
-def answer(task, example, rng, tidiest):
-    """One right answer, drawn evenly from the `tidiest` tidiest, or from all of them (None)."""
+def answer(task, example, rng):
+    """One right answer, drawn evenly."""
     if task == "sudoku":
         return "<answer> " + " ".join(example["solution"]) + " </answer>"
-    expression = rng.choice(tidy_answers(tuple(sorted(example["nums"])), example["target"])[:tidiest])
-    return f"<answer> {expression} = {example['target']} </answer>"
+    return f"<answer> {rng.choice(answers(tuple(sorted(example['nums'])), example['target']))} = {example['target']} </answer>"
 
 
-def batches(task, tokenizer, batch, seed, options, tidiest):
-    """Yield (prompt and answer ids (batch, P + C), P) for ever."""
+def batches(task, tokenizer, batch, seed, options):
+    """Yield (prompt and answer ids (batch, P + C), P) for ever.
+
+    Countdown's different problems come equally often, where the generator draws those of many answers more often: the
+    rare ones are the hard ones.
+    """
     data, rng, C = tasks.load(task, "train", seed=seed, size=10**9, **options), random.Random(seed), COMPLETION[task]
-    i = 0
+    examples = (data[i] for i in itertools.count())
+    if task == "countdown":
+        different = list({(*sorted(e["nums"]), e["target"]): e for e in itertools.islice(examples, 100_000)}.values())
+        examples = (dict(e, nums=rng.sample(e["nums"], len(e["nums"]))) for e in iter(lambda: rng.choice(different), None))
+
+    @lru_cache(maxsize=1 << 18)                      # rendering every prompt anew would be a tenth of the time
+    def encode(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @lru_cache(maxsize=1 << 18)
+    def prompt(text):
+        return encode(tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
+                                                    add_generation_prompt=True))
     while True:
-        q, o = [], []
-        for example in (data[j] for j in range(i, i + batch)):
-            text = tokenizer.apply_chat_template(tasks.TASKS[task].prompt(example), tokenize=False,
-                                                 add_generation_prompt=True)
-            q.append(text)
-            o.append(answer(task, example, rng, tidiest))
-        i += batch
-        q = tokenizer(q, add_special_tokens=False)["input_ids"]      # all prompts of one task are equally long
-        o = [(ids + [tokenizer.eos_token_id] * C)[:C] for ids in tokenizer(o, add_special_tokens=False)["input_ids"]]
-        yield torch.tensor([a + b for a, b in zip(q, o)]), len(q[0])
+        rows = []
+        for example in itertools.islice(examples, batch):
+            q = prompt(tasks.TASKS[task].prompt(example)[-1]["content"])         # all prompts of a task are equally long
+            o = encode(answer(task, example, rng))
+            rows.append(q + (o + [tokenizer.eos_token_id] * C)[:C])
+        yield torch.tensor(rows), len(q)
 
 
 def diffusion_loss(model, ids, P, mask_id):
@@ -114,17 +130,18 @@ def diffusion_loss(model, ids, P, mask_id):
     return (ce / t.expand(B, C)[masked]).sum() / (B * C)
 
 
-def train(model, tokenizer, steps, sudoku_share, lr, tidiest, seed, batch=128, out=None):
+def train(model, tokenizer, steps, sudoku_share, lr, seed, batch=128, out=None):
     """One cycle of AdamW over both tasks' streams."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    streams = {"countdown": batches("countdown", tokenizer, batch, seed, COUNTDOWN, tidiest),
-               "sudoku": batches("sudoku", tokenizer, batch, seed, SUDOKU, tidiest)}
+    streams = {"countdown": batches("countdown", tokenizer, batch, seed, COUNTDOWN),
+               "sudoku": batches("sudoku", tokenizer, batch, seed, SUDOKU)}
     rng, losses, start = random.Random(seed), {"countdown": [], "sudoku": []}, time.time()
     for step in range(1, steps + 1):
         task = "sudoku" if rng.random() < sudoku_share else "countdown"
         ids, P = next(streams[task])
-        loss = diffusion_loss(model, ids, P, tokenizer.mask_token_id)
+        with torch.autocast("cpu", torch.bfloat16):  # a quarter faster where the CPU has AMX
+            loss = diffusion_loss(model, ids, P, tokenizer.mask_token_id)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -135,14 +152,22 @@ def train(model, tokenizer, steps, sudoku_share, lr, tidiest, seed, batch=128, o
             mean = {name: sum(v[-100:]) / max(len(v[-100:]), 1) for name, v in losses.items()}
             print(f"step {step:6d}  loss " + "  ".join(f"{n} {v:.4f}" for n, v in mean.items())
                   + f"  {time.time() - start:.0f} s", flush=True)
-        if step % 2000 == 0 or step == steps:
-            model.save_pretrained(out)
-            tokenizer.save_pretrained(out)
+        if step % 1000 == 0 or step == steps:
+            save(model, tokenizer, out)
 
 
-# (steps, share of Sudoku, peak learning rate, answers): first every right answer, then mostly Countdown and only its two
-# tidiest answers. A model this small tells apart all of them (7 a problem on average) only half of the time.
-PHASES = [(16_000, 0.25, 2e-3, None), (5_000, 0.10, 1e-3, 2)]
+def save(model, tokenizer, out):
+    """Without the dropout, which was for pretraining: a policy must give the same probabilities twice."""
+    on = {name: getattr(model.config, name) for name in DROPOUT}
+    model.config.update(dict.fromkeys(DROPOUT, 0.0))
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    model.config.update(on)
+
+
+# Countdown first, which takes long; then both, until Sudoku is half learned.
+PHASES = [dict(steps=16_000, sudoku_share=0.0, lr=2e-3, even=False, dropout=0.05),
+          dict(steps=5_000, sudoku_share=0.15, lr=1.5e-3, even=True, dropout=0.1)]
 
 
 def main():
@@ -153,17 +178,16 @@ def main():
     parser.add_argument("--from-phase", type=int, default=0, help="go on from --out with this phase (0 or 1)")
     args = parser.parse_args()
 
-    torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer).train()
-    if args.from_phase:
-        model = type(model).from_pretrained(args.out).train()
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}", flush=True)
-    for phase, (steps, share, lr, tidiest) in enumerate(PHASES):
-        if phase >= args.from_phase and not (args.steps and phase):
-            if phase:                                # seeded anew: a phase can be repeated from the weights before it
-                torch.manual_seed(args.seed + phase)
-            train(model, tokenizer, args.steps or steps, share, lr, tidiest, args.seed + phase, out=args.out)
+    for phase in range(args.from_phase, 1 if args.steps else len(PHASES)):
+        how = dict(PHASES[phase])
+        torch.manual_seed(args.seed + phase)         # anew, so that a phase can be repeated from the weights before it
+        model, dropout = make_model(tokenizer, how["dropout"]), how.pop("dropout")
+        if phase:
+            model = type(model).from_pretrained(args.out, **dict.fromkeys(DROPOUT, dropout))
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, vocabulary {len(tokenizer)}", flush=True)
+        how["steps"] = args.steps or how["steps"]
+        train(model.train(), tokenizer, **how, seed=args.seed + phase, out=args.out)
 
 
 if __name__ == "__main__":

@@ -205,6 +205,14 @@ def preflight(policy, prompt):
     return lines
 
 
+def refuse_unknown(policy, text, ids):
+    """A prompt of words that the tokenizer lacks would be another problem than the one its answer is checked against."""
+    tok = policy.tokenizer
+    if tok.unk_token_id in ids and tok.unk_token_id not in (policy.eos_id, policy.pad_id, tok.bos_token_id):
+        raise UserError(f"--model {policy.name} has no token for a part of this prompt, {text.strip()[-60:]!r}: choose problems "
+                        "its vocabulary can write (for countdown a smaller --max_number or --max_target), or another model")
+
+
 def padding_gaps(policy, text):
     """For each kind of attention mask the model takes: how far padding moves its logits, masked out and in plain sight.
 

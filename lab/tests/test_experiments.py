@@ -83,7 +83,7 @@ def test_surprise_brackets_the_norm_of_the_score(scene):
     p = (3 * torch.randn(500, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).softmax(-1)
     norm, surprise = (torch.eye(7).double()[0] - p).norm(dim=-1), 1 - p[:, 0]
     assert (surprise <= norm + 1e-12).all() and (norm <= 2 ** 0.5 * surprise + 1e-12).all()
-    s = estimators.surprises(scene.traj)[..., 0]
+    s = agrpo.step_importance(scene.traj, "surprise")[..., 0]
     by_hand = [[sum((1 - x.exp().item()) ** 2 for x in step) ** 0.5 for step in row] for row in scene.traj.logp_old]
     assert torch.allclose(s, torch.tensor(by_hand).double(), atol=1e-6)
 

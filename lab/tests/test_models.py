@@ -465,7 +465,7 @@ def test_a_model_that_ignores_its_mask_gets_prompts_of_one_length(shelf, even):
     policy, lines = policy_of(shelf["llada_deaf"])
     assert policy.ignores_mask and "one length only" in lines
     data = tasks.load("even", "train", size=9)
-    batches = list(policy.batches("even", data, rows=8, copies=2))
+    batches = list(policy.batches([policy.encode("even", data[i]) for i in range(9)], rows=8, copies=2))
     assert all(batch.q_mask.all() for batch in batches)
     assert len(batches) == 4                         # as few as can be: the prompts have four lengths
 
