@@ -86,7 +86,7 @@ class Config:
     C: Optional[int] = _(None, "completion length in tokens")
     m: Optional[int] = _(None, "denoising steps per completion: C / m tokens are revealed each step")
     block_length: Optional[int] = _(None, "semi-autoregressive block; divides C")
-    unmasking: str = _("random", "which positions a step reveals: random, entropy, max_prob, low_confidence")
+    unmasking: Optional[str] = _(None, "which positions a step reveals: random, entropy, max_prob, low_confidence [random]")
     score_discarded: bool = _(True, "low_confidence: score the sampled tokens it discards too (exact; False is biased)")
     temperature: Optional[float] = _(None, "sampling temperature of the rollouts")
     top_k: Optional[int] = _(None, "sample among the top_k likeliest tokens (0: all)")
@@ -138,11 +138,11 @@ TINY = str(Path(__file__).resolve().parent / "lab" / "tiny")
 # Sources: llada = the official train.yaml, lr to be swept (theirs came with 24 optimizer steps per training step);
 # tiny = measured here, see README.
 PRESETS = {
-    "tiny": dict(C=32, m=8, k=4, temperature=1.0, questions=40, lr=2e-3, lora_r=32, lora_alpha=64, updates=150,
-                 micro_batch=320, rollout_batch=512, eval_batch=512, eval_every=25, eval_sampled=True, dtype="float32",
+    "tiny": dict(C=32, m=8, k=4, temperature=1.0, questions=20, lr=1e-3, lora_r=32, lora_alpha=64, updates=200,
+                 micro_batch=320, rollout_batch=512, eval_batch=512, eval_every=50, eval_sampled=True, dtype="float32",
                  activation_checkpointing=False),
-    "tiny/countdown": dict(C=12, m=3, k=2, max_number=12, division=False),
-    "tiny/sudoku": dict(C=20, m=4, k=2, empties=12, lr=5e-4, updates=60, eval_every=10),
+    "tiny/countdown": dict(C=12, m=2, k=1, max_number=16, division=False, lr=1.5e-3, updates=500),
+    "tiny/sudoku": dict(C=20, m=2, k=1, empties=10, unmasking="max_prob"),
     "llada": dict(C=384, m=128, block_length=12, temperature=0.6, top_k=150, top_p=0.99, k=24, questions=16,
                   updates=300, lr=1e-5, lora_r=64, lora_alpha=64, micro_batch=4, rollout_batch=16, eval_batch=16,
                   eval_every=50, eval_C=256, eval_block=32, steps="128", eval_sampled=False, dtype="bfloat16",

@@ -136,7 +136,7 @@ def fill(cfg, presets, default_model):
     small = folder is not None and sum(f.stat().st_size for f in folder.glob("*.safetensors")) < 2e8
     chosen = {**presets["tiny"], **presets.get(f"tiny/{cfg.task}", {})} if small else presets["llada"]
     fill_none(cfg, chosen)
-    fill_none(cfg, dict(top_k=0, top_p=1.0, block_length=cfg.C, eval_C=cfg.C))
+    fill_none(cfg, dict(top_k=0, top_p=1.0, unmasking="random", block_length=cfg.C, eval_C=cfg.C))
     fill_none(cfg, dict(eval_block=cfg.block_length if cfg.eval_C == cfg.C else cfg.eval_C))
 
 

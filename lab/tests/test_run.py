@@ -27,8 +27,8 @@ import agrpo
 from lab import logbook, make_tiny, models, watch
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = ["--device", "cpu", "--questions", "3", "--G", "4", "--updates", "4", "--eval_n", "8", "--steps", "3",
-         "--save_every", "2", "--eval_every", "2"]
+SMALL = ["--device", "cpu", "--m", "3", "--k", "2", "--questions", "3", "--G", "4", "--updates", "4", "--eval_n", "8",
+         "--steps", "3", "--save_every", "2", "--eval_every", "2"]
 TIMES = ("rollout_seconds", "loss_seconds", "memory_bytes", "seconds", "peak_memory_bytes")
 
 
@@ -378,7 +378,7 @@ BAD = {                                                # flags -> what the sente
     "--model lab/tny --m 4 --C 8": ["--model lab/tny", "config.json"],
     "--model {tmp}/no_weights": ["--model", "no_weights"],
     "--model {tmp}/half_weights": ["--model", "half_weights"],
-    "--model nobody/nothing --steps 128": ["--model nobody/nothing", "network"],
+    "--model nobody/nothing --m 128 --steps 128": ["--model nobody/nothing", "network"],
     "--adapter {run}/adapter": ["--adapter", "--mode eval"],
     "--mode eval --adapter {tmp}/nowhere": ["--adapter", "nowhere"],
     "--mode eval --adapter {run}/adapter --model {shallow}": ["--adapter", "--model"],
@@ -488,7 +488,7 @@ def test_json_stays_json_and_lines_stay_narrow():
 
 @pytest.mark.parametrize("flags", [
     "--mu 2 --beta 0.1", "--unmasking low_confidence", "--unmasking low_confidence --score_discarded false",
-    "--unmasking entropy --ratio step", "--top_k 60 --top_p 0.9 --length_norm official", "--task sudoku --micro_batch 3",
+    "--unmasking entropy --ratio step", "--top_k 60 --top_p 0.9 --length_norm official", "--task sudoku --m 4 --micro_batch 3",
     "--points iid --timesteps uniform --normalise_std --block-length=6 --m 4 --eval_every 1"])
 def test_variants_run_end_to_end(flags, base, tmp_path):
     result = run("--model", base, "--out", tmp_path / "run", "--updates", 2, "--steps", 4 if "--m 4" in flags else 1,
