@@ -10,16 +10,16 @@ menu() {
     cat <<'MENU'
 bash run.sh COMMAND [flags]           times on 2 CPU cores with the tiny model
 
-  countdown        train on Countdown: three numbers, one target            about 4 minutes
-  sudoku           train on 4x4 Sudoku                                      about 5 minutes
+  countdown        train on Countdown: three numbers, one target            3 minutes      
+  sudoku           train on 4x4 Sudoku                                       3 minutes
   gsm8k, math      train on word problems (needs a GPU of 40 GB or --model)
   eval             evaluate a model or --adapter runs/countdown/adapter     seconds
   plan             memory, disk and work of a run of LLaDA-8B; no download   seconds
   watch            one problem, denoised step by step in the terminal       seconds
   kernels          check the Triton kernel; benchmark it if there is a GPU  seconds
   lab              experiments: does it work as claimed? (lists them)       minutes each
-  tiny             make the tiny model in lab/tiny again                    80 minutes, one core
-  test             every test                                               about 7 minutes
+  tiny             make the tiny model in lab/tiny again                    45 minutes, one core
+  test             every test                                               5 minutes
 
   python agrpo.py --help lists all flags (after the first command: .venv/bin/python)
 MENU

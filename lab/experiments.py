@@ -430,34 +430,43 @@ def cost(lab):
 
 # ---- signatures -----------------------------------------------------------------------------------------------------
 
-PROVOCATIONS = [                                     # signature, what is done to the run, flags, estimator
+ONE_PROBLEM = {"nums": [3, 5, 7], "target": 56}
+PROVOCATIONS = [                                     # signature, what is done to the run, flags, how
     (None, "nothing: the defaults", {}, "agrpo"),
     ("spike", "--k 1 of m = 20, uniform iid, sudoku", dict(task="sudoku", m=20, k=1, timesteps="uniform", points="iid",
                                                            questions=2), "agrpo"),
     ("spike", "weights unbounded: p_t falls with the entropy", dict(m=12, k=2, questions=2), "inverse entropy"),
-    ("entropy", "one guess of the whole: --m 1 --k 1 --lr 1e-2", dict(m=1, k=1, lr=1e-2), "agrpo"),
-    ("eos", "a last block of little but EOS: --C 24 --block_length 12 --m 8", dict(C=24, block_length=12, m=8), "agrpo"),
+    ("entropy", "one training problem only: --m 1 --lr 3e-3", dict(train_file="one-problem.jsonl", m=1, lr=3e-3), "agrpo"),
+    ("eos", "a head in love with EOS: its bias + 30", {}, "EOS head"),
     ("dead", "rollouts alike: --m 12 --G 2 --temperature 0.1", dict(m=12, G=2, temperature=0.1), "agrpo"),
     ("clip", "--mu 8 --lr 2e-2", dict(mu=8, lr=2e-2), "agrpo"),
 ]
 
 
-def provoke(cfg, estimator):
-    return train(*load(cfg), cfg, estimator)[0]
+def provoke(cfg, how):
+    policy, data = load(cfg)
+    if how == "EOS head":                            # as LLaDA is by itself with one block for the whole completion
+        policy.model.get_output_embeddings().bias.data[policy.eos_id] += 30
+        how = "agrpo"
+    return train(policy, data, cfg, how)[0]
 
 
 @experiment("about 5 minutes", "--updates 40 --questions 10", "--updates 3 --questions 3")
 def signatures(lab):
     """Provoke each failure: does the warning of agrpo.py's log (logbook.signatures) name it, and when?"""
-    calls = [(lab.config(seed=seed, **flags), estimator) for *_, flags, estimator in PROVOCATIONS for seed in lab.seeds]
+    lab.out.mkdir(parents=True, exist_ok=True)
+    logbook.write_lines(lab.out / "one-problem.jsonl", [ONE_PROBLEM])
+    calls = [(lab.config(seed=seed, **flags), how) for *_, flags, how in PROVOCATIONS for seed in lab.seeds]
+    for cfg, _ in calls:
+        cfg.train_file = cfg.train_file and str(lab.out / cfg.train_file)
     done = iter(lab.map(provoke, calls))
     rows, results = [], []
-    for wanted, cause, flags, estimator in PROVOCATIONS:
+    for wanted, cause, flags, how in PROVOCATIONS:
         runs = [next(done) for _ in lab.seeds]
         named = [next((h["update"] for h in run for kind, _ in h["warnings"] if kind == wanted), None) for run in runs]
         others = sorted({kind for run in runs for h in run for kind, _ in h["warnings"]} - {wanted})
         rows.append((wanted or "none", cause, " ".join(str(n or "-") for n in named), ", ".join(others) or "-"))
-        results.append(dict(wanted=wanted, cause=cause, flags=flags, estimator=estimator, named=named, runs=runs))
+        results.append(dict(wanted=wanted, cause=cause, flags=flags, how=how, named=named, runs=runs))
     lab.note(f"{calls[0][0].updates} updates, seeds {lab.seeds}: the update at which the warning first came (-: never)")
     lab.table(("signature", "provoked by", "named at update", "other warnings"), *rows)
     texts = {kind: text for x in results for run in x["runs"] for h in run for kind, text in h["warnings"]}
