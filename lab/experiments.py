@@ -261,7 +261,7 @@ def cosine_cell(cfg, batches):
             for name, es in grads.items()}
 
 
-@experiment("about 6 minutes", "--m 4 --k 2 --updates 60 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
+@experiment("about 6 minutes", "--m 4 --k 2 --updates 40 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
 def compare(lab):
     """AGRPO, diffu-GRPO's one-step likelihood and an ELBO: the angle to the exact gradient on the same rollouts (all
     parameters of the base model), then learning (LoRA) at equal updates and at equal compute."""
@@ -280,7 +280,7 @@ def compare(lab):
     lab.finish(dict(cosines=cells, runs=runs), draw_learning(runs))
 
 
-@experiment("about 7 minutes", "--m 12 --updates 40 --questions 10 --eval_n 300",
+@experiment("about 7 minutes", "--m 12 --updates 30 --questions 10 --eval_n 300",
             "--m 4 --updates 2 --questions 3 --eval_n 20")
 def k_(lab):
     """What does a larger k buy, at equal updates and at equal compute?"""

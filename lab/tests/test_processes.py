@@ -35,7 +35,7 @@ def half_dead():
         share = sum(n % 2 == 0 for n in numbers) / max(len(numbers), 1)
         return tasks.Grade(share * (example["start"] % 2 == 0), share > 0.5, 1.0, "even numbers", "")
 
-    prompt = lambda example: [dict(role="user", content=f"{example['start'] % 100} Numbers: {example['start'] // 100}")]
+    prompt = lambda example: [dict(role="user", content=f"{example['start'] % 100} Numbers: {example['start'] // 100 % 100}")]
     make = lambda seed, index, split, **options: dict(start=index if split == "train" else 5000 + index)
     tasks.TASKS["half"] = tasks.Task("half", prompt, grade, None, make=make)
 
