@@ -10,8 +10,8 @@ menu() {
     cat <<'MENU'
 bash run.sh COMMAND [flags]           times on 2 CPU cores with the tiny model
 
-  countdown        train on Countdown: three numbers, one target            3 minutes      
-  sudoku           train on 4x4 Sudoku                                       3 minutes
+  countdown        train on Countdown: three numbers, one target            3 minutes
+  sudoku           train on 4x4 Sudoku                                      4 minutes
   gsm8k, math      train on word problems (needs a GPU of 40 GB or --model)
   eval             evaluate a model or --adapter runs/countdown/adapter     seconds
   plan             memory, disk and work of a run of LLaDA-8B; no download   seconds

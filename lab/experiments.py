@@ -187,8 +187,9 @@ def variance(lab):
     ms, draws = {"countdown": (4, 6, 12), "sudoku": (4, 5, 10)}, 50 if lab.quick else 1000
     cells = {f"{task}, {state}": (task, more) for task in names for state, more in (
         ("base model, all parameters", dict(lora_r=0)), (f"LoRA after {lab.config().updates} updates", {}))}
+    hard = {"sudoku": dict(unmasking="random")}      # by max_prob it is right in nearly every rollout, all groups are dead
     done = iter(lab.map(variance_cell, [
-        (lab.config(task=task, seed=seed, **more), ms[task][:1 if lab.quick else 3], draws)
+        (lab.config(task=task, seed=seed, **hard.get(task, {}), **more), ms[task][:1 if lab.quick else 3], draws)
         for task, more in cells.values() for seed in lab.seeds]))
     results = {cell: [next(done) for _ in lab.seeds] for cell in cells}
 
@@ -286,12 +287,11 @@ def k_(lab):
     """What does a larger k buy, at equal updates and at equal compute?"""
     m = lab.config(k=1).m
     variants = {f"all ({m})" if k == m else f"{k}": (dict(k=k), "agrpo") for k in sorted({1, 2, m // 2, m})}
-    variants |= {f"{k}, official sampler": (dict(k=k, timesteps="entropy", points="batch-strata"), "agrpo") for k in (1, 2)}
     runs = learning(lab, "k", variants, nominal_passes(lab.config(k=2)))
     lab.finish(runs, draw_learning(runs))
 
 
-@experiment("about 5 minutes", "--m 4 --k 2 --updates 40 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
+@experiment("about 5 minutes", "--m 4 --k 2 --updates 30 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
 def order(lab):
     """Learning with every order of unmasking: evaluated as it samples, and greedily by low confidence."""
     variants = {rule: (dict(unmasking=rule), "agrpo") for rule in ("random", "entropy", "max_prob")}
