@@ -281,7 +281,7 @@ def compare(lab):
     lab.finish(dict(cosines=cells, runs=runs), draw_learning(runs))
 
 
-@experiment("about 7 minutes", "--m 12 --updates 30 --questions 10 --eval_n 300",
+@experiment("about 8 minutes", "--m 12 --updates 30 --questions 10 --eval_n 300",
             "--m 4 --updates 2 --questions 3 --eval_n 20")
 def k_(lab):
     """What does a larger k buy, at equal updates and at equal compute?"""
