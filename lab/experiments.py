@@ -291,7 +291,7 @@ def k_(lab):
     lab.finish(runs, draw_learning(runs))
 
 
-@experiment("about 5 minutes", "--m 4 --k 2 --updates 30 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
+@experiment("about 6 minutes", "--m 4 --k 2 --updates 30 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
 def order(lab):
     """Learning with every order of unmasking: evaluated as it samples, and greedily by low confidence."""
     variants = {rule: (dict(unmasking=rule), "agrpo") for rule in ("random", "entropy", "max_prob")}
