@@ -79,7 +79,7 @@ ESTIMATORS = {"agrpo": agrpo_estimate, "one-step": one_step, "ELBO": elbo, "inve
 WEIGHTS = ("uniform", "entropy", "root entropy", "score norm", "surprise")
 POINTS = ("iid", "batch-strata", "row-strata", "low-discrepancy")
 SAMPLERS = [(weight, points) for weight in WEIGHTS for points in POINTS] + [
-    ("true norm", "low-discrepancy"), ("entropy", "pooled"), ("surprise", "pooled")]
+    ("true norm", "low-discrepancy"), ("surprise", "group"), ("entropy", "pooled"), ("surprise", "pooled")]
 
 
 def timestep_weights(policy, cfg, traj, norms):
@@ -117,17 +117,23 @@ def pair_gradients(policy, cfg, traj, adv):
     return rows * m + steps, sum((part @ part.T).double() for part in X.split(1 << 15, dim=1))   # short float32 sums
 
 
-def draw_weights(p, adv, k, points, draws):
+def draw_weights(p, adv, G, k, points, draws):
     """The weights (draws, B * m) that a sampler gives every (row, step): 0 where not drawn, 1 on average.
-    pooled (ours): the batch's k points per row go through one CDF of |A| p over all rows and steps, so that rows of
-    large |A| get more of them."""
-    (B, m), live = p.shape, adv != 0
-    if points == "pooled":
-        p = (p * adv.abs()[:, None]).view(1, B * m)
-        p, u = p / p.sum(), agrpo.timestep_points(draws, k * int(live.sum()), "low-discrepancy")
-    else:
-        p, u = p * live[:, None], torch.cat([agrpo.timestep_points(B, k, points) for _ in range(draws)])
-    rows, steps, w = agrpo.sample_timesteps(p.repeat(draws, 1), u)
-    c = torch.zeros(draws * len(p), p.shape[1], dtype=torch.float64)
-    c[rows, steps] = w
-    return c.view(draws, B * m)
+    group, pooled (ours): k points per row, but through one CDF of |A| p over all rows and steps of a group of G rows, or
+    of the batch, so that rows of large |A| get more of them."""
+    (B, m), live, weights = p.shape, adv != 0, []
+    together = {"group": G, "pooled": B}.get(points, 0)
+    if not together:
+        rows, steps, w = agrpo.sample_timesteps((p * live[:, None]).repeat(draws, 1), torch.cat(
+            [agrpo.timestep_points(B, k, points) for _ in range(draws)]))
+        c = torch.zeros(draws * B, m, dtype=torch.float64)
+        c[rows, steps] = w
+        return c.view(draws, B * m)
+    for q, rows in zip((p * adv.abs()[:, None]).split(together), live.split(together)):
+        c = torch.zeros(draws, q.numel(), dtype=torch.float64)
+        if rows.any():
+            draw, pair, w = agrpo.sample_timesteps((q / q.sum()).view(1, -1).repeat(draws, 1),
+                                                   agrpo.timestep_points(draws, k * int(rows.sum())))
+            c[draw, pair] = w
+        weights.append(c)
+    return torch.cat(weights, dim=1)

@@ -73,7 +73,7 @@ def test_the_sum_over_pairs_of_every_estimate_is_unbiased(scene):
     torch.manual_seed(0)
     for weight, points in estimators.SAMPLERS:
         p = agrpo.timestep_probs(traj.n, m, weights[weight])
-        c = estimators.draw_weights(p, adv, 2, points, 3000)
+        c = estimators.draw_weights(p, adv, 3, 2, points, 3000)
         assert (c.view(3000, -1, m)[:, 2] == 0).all()
         assert (c[:, pairs].mean(0) - 1).abs().max() < 6 * c.std(0).max() / 3000 ** 0.5, (weight, points)
 
@@ -129,6 +129,29 @@ def test_training_stops_when_both_updates_and_passes_are_spent(folder, alive):
     rollout, loss = 2 * 3 * cfg.m, history[0]["pairs"]
     assert history[0]["passes"] == rollout + 3 * loss
     assert [e["update"] for e in evals] == sorted({*range(0, len(history), 2), len(history)})
+
+
+def test_an_inner_part_is_taken_out_of_the_outer_one(monkeypatch):
+    """Seconds by a clock of ours; memory, the allocator's, is that of the part running when it was at its peak."""
+    clock, kept = [0.0], []
+
+    def inner():
+        clock[0] += 5
+        kept.append(torch.zeros(2**20))                                          # 4 MiB
+
+    def outer():
+        clock[0] += 1
+        kept.append(torch.zeros(2**18))                                          # 1 MiB
+        owner.inner()
+        clock[0] += 2
+        kept.clear()
+    owner = types.SimpleNamespace(inner=inner, outer=outer)
+    monkeypatch.setattr(experiments, "PARTS", {"outer": (owner, "outer"), "inner": (owner, "inner")})
+    monkeypatch.setattr(experiments.time, "time", lambda: clock[0])
+    with experiments.parts_timed() as seconds:
+        peaks = experiments.tensor_peaks(owner.outer, "cpu")
+    assert seconds == {"outer": 3, "inner": 5} and (owner.inner, owner.outer) == (inner, outer)
+    assert peaks == {"outer": pytest.approx(1, abs=0.01), "inner": pytest.approx(5, abs=0.01)}
 
 
 def test_curves_pools_seeds_of_finished_runs(tmp_path, capsys):
