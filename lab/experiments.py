@@ -10,7 +10,8 @@
     bash run.sh lab curves runs/countdown runs/countdown-2 ...     finished runs in one picture, seeds shaded
 
 Every flag of agrpo.py passes through (--task sudoku --updates 100 --model FOLDER --m 6 --lr 1e-3 ...). Written:
-runs/lab/NAME.json (every number, command, seeds, hardware, versions) and NAME.png; --figures copies it to lab/figures.
+runs/lab/NAME.json (every number, command, seeds, hardware, versions) and NAME.png; --figures puts picture and tables into
+lab/figures too.
 
 Compute is counted in forward passes of one row: a denoising step of a rollout is 1, a (row, timestep) pair of the loss
 3, because a backward pass costs about two forwards. Learning rates are constant here after agrpo.py's warm-up, so that
@@ -20,6 +21,7 @@ import itertools
 import os
 import sys
 import tempfile
+import textwrap
 import time
 from contextlib import contextmanager
 from dataclasses import replace
@@ -454,7 +456,7 @@ def cost_cell(cfg, updates):
     mean = lambda name: float(np.mean([h[name] for h in history]))
     live = cfg.questions * cfg.G * (1 - mean("dead_groups"))
     return dict(seconds=seconds, mebibytes=peaks, pairs=mean("pairs"), dead=mean("dead_groups"),
-                passes=history[-1]["passes"] / updates, merged=1 - mean("pairs") / max(live * cfg.k, 1))
+                passes=history[-1]["passes"] / updates, merged=max(0, 1 - mean("pairs") / max(live * cfg.k, 1)))
 
 
 @experiment("about 3 minutes", "", "--questions 3")
@@ -481,18 +483,19 @@ def cost(lab):
     lab.note(f"at the defaults the rollout is {cells[0]['seconds']['rollout'] / sum(cells[0]['seconds'].values()):.0%} of an update")
 
     def draw(fig):
-        for ax, what in zip(fig.subplots(1, 2, sharey=True), ("seconds", "mebibytes")):
-            left = np.zeros(len(cells))
-            for part in PARTS if what == "seconds" else ("rollout", "backward"):
-                x = np.array([cell[what][part] for cell in cells])
-                at = np.arange(len(cells)) + (0 if what == "seconds" else 0.4 * (part == "backward") - 0.2)
-                ax.barh(at, x, 0.8 if what == "seconds" else 0.4, left=left if what == "seconds" else 0, label=part,
-                        color=f"C{list(PARTS).index(part)}")
-                left += x
-            ax.set(xlabel="seconds per update" if what == "seconds" else "peak MiB of tensors beyond the model",
-                   yticks=range(len(cells)), yticklabels=[f"C {c.C}, m {c.m}, k {c.k}, G {c.G}" for c in cfgs])
+        left, right = fig.subplots(1, 2, sharey=True)
+        y, start = np.arange(len(cells)), np.zeros(len(cells))
+        for part in PARTS:
+            x = np.array([cell["seconds"][part] for cell in cells])
+            left.barh(y, x, left=start, label=part)
+            start += x
+        for shift, label, part in ((-0.2, "rollout", "rollout"), (0.2, "loss", "backward")):
+            right.barh(y + shift, [cell["mebibytes"][part] for cell in cells], 0.4, label=label)
+        left.set(xlabel="seconds per update", yticks=y, yticklabels=[f"C {c.C}, m {c.m}, k {c.k}, G {c.G}" for c in cfgs])
+        right.set(xlabel="peak MiB of tensors beyond the model")
+        left.invert_yaxis()
+        for ax in (left, right):
             ax.legend(fontsize=7)
-        ax.invert_yaxis()
     lab.finish([dict(cell, C=cfg.C, m=cfg.m, k=cfg.k, G=cfg.G) for cfg, cell in zip(cfgs, cells)], draw)
 
 
@@ -542,12 +545,30 @@ def signatures(lab):
     texts = {kind: text for x in results for run in x["runs"] for h in run for kind, text in h["warnings"]}
     lab.say("", *(f"warning: {text}"[:118] for _, text in sorted(texts.items())))
 
+    show = dict(                                     # what each warning looks at, and where it speaks up
+        spike=("gradient norm / median", 10, lambda run: [h["grad_norm"] / np.median([x["grad_norm"] for x in run]) for h in run]),
+        entropy=("entropy / first", 0.05, lambda run: [h["entropy"] / run[0]["entropy"] for h in run]),
+        eos=("EOS in late steps", 0.9, lambda run: [h["late_eos"] for h in run]),
+        dead=("dead groups", 0.8, lambda run: [h["dead_groups"] for h in run]),
+        clip=("clipped tokens", 0.3, lambda run: [h["clip_low"] + h["clip_high"] for h in run]))
+
     def draw(fig):
-        for ax, key in zip(fig.subplots(1, 3), ("grad_norm", "entropy", "late_eos")):
-            for x in results:
-                ax.plot([h[key] for h in x["runs"][0]], lw=0.9, label=f"{x['wanted'] or 'none'}: {x['cause']}"[:45])
-            ax.set(xlabel="update", title=key, yscale="log" if key == "grad_norm" else "linear")
+        provoked = [x for x in results if x["wanted"]]
+        for ax, x in zip(fig.subplots(2, -(-len(provoked) // 2)).flat, provoked):
+            name, limit, value = show[x["wanted"]]
+            for runs, color in ((results[0]["runs"], "gray"), (x["runs"], "C0")):
+                for i, run in enumerate(runs):
+                    ax.plot(range(1, len(run) + 1), value(run), c=color, lw=0.8,
+                            label=None if i else {"gray": "the defaults", "C0": "provoked"}[color])
+            ax.axhline(limit, ls="--", lw=0.8, c="C3", label="warning")
+            ax.set_title(textwrap.shorten(x["cause"], 44, placeholder=" ..."), fontsize=6)
+            ax.set_ylabel(name, fontsize=7)
+            ax.tick_params(labelsize=6)
+            if x["wanted"] in ("spike", "entropy"):
+                ax.set_yscale("log")
+                ax.set_ylim(*((0.05, 100) if x["wanted"] == "spike" else (1e-3, 3)))
         fig.axes[0].legend(fontsize=5)
+        fig.supxlabel("update", fontsize=7)
     lab.finish(results, draw)
 
 

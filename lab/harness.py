@@ -40,7 +40,7 @@ class Lab:
         parser.add_argument("--quick", action="store_true", help="a minute or less, to see that it works")
         parser.add_argument("--seeds", type=int, help="how many, counted from --seed [3]")
         parser.add_argument("--jobs", type=int, help="processes of one thread each [one per core]")
-        parser.add_argument("--figures", action="store_true", help="copy the picture to lab/figures")
+        parser.add_argument("--figures", action="store_true", help="copy picture and tables to lab/figures")
         args, rest = parser.parse_known_args(argv)
         self.quick, self.figures = args.quick, args.figures
         # The tiny model on the CPU whatever the machine, so that numbers can be compared.
@@ -84,14 +84,16 @@ class Lab:
             self.say("  ".join(str(x).rjust(w) if i else str(x).ljust(w) for i, (x, w) in enumerate(zip(row, wide))))
 
     def finish(self, results, draw):
-        """runs/lab/NAME.json and NAME.png. draw(fig) fills the figure."""
+        """runs/lab/NAME.json and NAME.png, and the tables as text beside a figure that is kept. draw(fig) fills it."""
         command, seconds = "bash run.sh lab " + " ".join([self.name, *self.argv]), time.time() - self.began
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        record = dict(command=command, seeds=self.seeds, seconds=seconds, table=self.lines, results=results,
+                      hardware=dict(cpu=cpu_name(), cores=os.cpu_count(), gpu=gpu, processes=self.jobs),
+                      config=logbook.describe(self.config()))
         picture(self.out / f"{self.name}.png", draw, self.figures)
-        logbook.write_json(self.out / f"{self.name}.json", dict(
-            command=command, seeds=self.seeds, seconds=seconds, table=self.lines, results=results,
-            hardware=dict(cpu=cpu_name(), cores=os.cpu_count(), gpu=gpu, processes=self.jobs),
-            config=logbook.describe(self.config())))
+        logbook.write_json(self.out / f"{self.name}.json", record)
+        if self.figures:
+            logbook.write_atomically(ROOT / "lab" / "figures" / f"{self.name}.txt", report(record).encode())
         self.note(f"{command}: {seconds:.0f} s; written: {self.out / self.name}.json and .png")
 
 
@@ -105,6 +107,14 @@ def cpu_name():
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def report(record):
+    """What a run printed, under its command, machine and versions: lab/figures/NAME.txt."""
+    hardware, versions = record["hardware"], record["config"]["versions"]
+    return "\n".join([f"$ {record['command']}", f"{record['seconds']:.0f} s, {hardware['cpu']}, {hardware['cores']} cores, "
+                      f"{hardware['processes']} processes; " + ", ".join(f"{k} {v}" for k, v in versions.items()),
+                      *record["table"], ""])
 
 
 def picture(path, draw, keep=False):
