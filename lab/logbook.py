@@ -503,7 +503,7 @@ def wilson(correct, n, z=1.96):
 
 def signatures(now, past):
     """The paper's failure signatures: (kind, one line with the likely cause). now: this update; past: those before."""
-    norms = sorted(x["grad_norm"] for x in past[-20:] if 0 < x["grad_norm"] < math.inf)      # 0: dead groups only
+    norms = sorted([x["grad_norm"] for x in past if 0 < x["grad_norm"] < math.inf][-20:])    # 0: dead groups only
     if len(norms) >= 10 and now["grad_norm"] > 10 * norms[len(norms) // 2]:
         yield "spike", (f"gradient norm {now['grad_norm']:.3g} is over 10 times its median: k too small, or a timestep sampler "
                         "with unbounded weights")

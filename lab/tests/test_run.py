@@ -476,6 +476,27 @@ def test_plain_peft_loads_the_adapter_to_the_same_logits(base, tmp_path, monkeyp
     assert torch.equal(ours, plain) and not torch.allclose(plain, before)
 
 
+def update(**change):
+    return dict(grad_norm=1.0, entropy=2.0, late_eos=0.2, dead_groups=0.2, clip_low=0.1, clip_high=0.1) | change
+
+
+@pytest.mark.parametrize("kind,over,at_most,past", [
+    ("spike", dict(grad_norm=10.1), dict(grad_norm=10.0), [update()] * 10),
+    ("spike", dict(grad_norm=21), dict(grad_norm=19), [update(grad_norm=2)] * 10 + [update(grad_norm=0)] * 15),  # 0: all dead
+    ("spike", dict(grad_norm=31), dict(grad_norm=29), [update(grad_norm=9)] * 30 + [update(grad_norm=3)] * 20),  # last 20
+    ("entropy", dict(entropy=0.09), dict(entropy=0.1), [update(), update(entropy=0.2)]),
+    ("eos", dict(late_eos=0.91), dict(late_eos=0.9), []),
+    ("dead", dict(dead_groups=0.81), dict(dead_groups=0.8), []),
+    ("clip", dict(clip_low=0.21), dict(clip_low=0.19), [])])
+def test_a_warning_names_what_left_its_range_and_nothing_else(kind, over, at_most, past):
+    assert [name for name, text in logbook.signatures(update(**over), past)] == [kind]
+    assert not list(logbook.signatures(update(**at_most), past))
+
+
+def test_nine_norms_are_too_few_for_a_median():
+    assert not list(logbook.signatures(update(grad_norm=1e9), [update()] * 9 + [update(grad_norm=float("inf"))] * 5))
+
+
 def test_json_stays_json_and_lines_stay_narrow():
     assert json.loads(logbook.to_json({"x": [float("nan"), float("inf"), 1.5]})) == {"x": [None, None, 1.5]}
     cell = dict(m=128, greedy=True, n=10000, accuracy=1.0, low=1.0, high=1.0, reward=4.0, cell_accuracy=1.0, string_match=1.0)
