@@ -124,19 +124,21 @@ def at(evals, x, value):
 
 
 def learning(lab, title, variants, passes):
-    """Train every variant, {label: (flags, estimator)}, on every seed; tabulate at equal updates and at equal compute
-    (passes = 0: decoded greedily in its place). Returns {label: [run per seed]}."""
+    """Train every variant, {label: (flags, estimator)}, on every seed; tabulate at equal updates, at equal compute and at
+    a quarter of it (passes = 0: decoded greedily in their place). Returns {label: [run per seed]}."""
     cfg, labels = lab.config(**next(iter(variants.values()))[0]), list(variants)
     done = iter(lab.map(training_run, [(lab.config(seed=seed, **flags), estimator, passes)
                                        for flags, estimator in variants.values() for seed in lab.seeds]))
     runs = {label: [next(done) for _ in lab.seeds] for label in labels}
     lab.note(f"held-out accuracy, sampled as the rollouts are; {cfg.task}, m = {cfg.m}, n = {cfg.eval_n}, seeds {lab.seeds}: "
              "mean [lowest, highest]")
-    lab.table((title, "base", f"after {cfg.updates} updates", f"after {passes:,} passes" if passes else "then greedily",
-               "passes/update", "s/update"), *(
+    goals = [("update", cfg.updates, f"after {cfg.updates} updates")] + [
+        ("passes", x, f"after {x:,} passes") for x in (passes // 4, passes) if passes]
+    lab.table((title, "base", *(name for *_, name in goals), *(() if passes else ("then greedily",)), "passes/update",
+               "s/update"), *(
         (label, f"{np.mean([r['evals'][0]['accuracy'] for r in runs[label]]):.1%}",
-         spread([at(r["evals"], "update", cfg.updates) for r in runs[label]]),
-         spread([at(r["evals"], "passes", passes) if passes else r["greedy"]["accuracy"] for r in runs[label]]),
+         *(spread([at(r["evals"], x, value) for r in runs[label]]) for x, value, _ in goals),
+         *(() if passes else (spread([r["greedy"]["accuracy"] for r in runs[label]]),)),
          *(format(np.mean([r["evals"][-1][x] / r["evals"][-1]["update"] for r in runs[label]]), form)
            for x, form in (("passes", ".0f"), ("seconds", ".2f")))) for label in labels))
     return runs
@@ -276,7 +278,7 @@ def cosine_cell(cfg, batches):
             for name, es in grads.items()}
 
 
-@experiment("about 12 minutes", "--m 4 --k 2 --updates 40 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
+@experiment("about 18 minutes", "--m 4 --k 2 --updates 40 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
 def compare(lab):
     """AGRPO, diffu-GRPO's one-step likelihood and an ELBO: the angle to the exact gradient on the same rollouts (all
     parameters of the base model), then learning (LoRA) at equal updates and at equal compute, for three learning rates:
@@ -302,7 +304,7 @@ def compare(lab):
     lab.finish(dict(cosines=cells, runs=runs), draw)
 
 
-@experiment("about 8 minutes", "--m 12 --updates 60 --questions 10 --eval_n 400",
+@experiment("about 15 minutes", "--m 12 --updates 60 --questions 10 --eval_n 400",
             "--m 4 --updates 2 --questions 3 --eval_n 20")
 def k_(lab):
     """What does a larger k buy, at equal updates and at equal compute?"""
@@ -318,7 +320,7 @@ def agreement(cfg, batches):
     return float(np.mean([cosine(a, b) for a, b in itertools.combinations(g, 2)]))
 
 
-@experiment("about 9 minutes", "--m 4 --k 2 --updates 60 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
+@experiment("about 12 minutes", "--m 4 --k 2 --updates 60 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
 def order(lab):
     """Learning with every order of unmasking: evaluated as it samples, and greedily by low confidence. And how noisy the
     gradient of each is: the cosine between those of two batches of rollouts (every step, all parameters, base model)."""

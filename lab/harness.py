@@ -149,6 +149,7 @@ def draw_runs(ax, runs, x="update"):
         ax.axhline(y[:, 0].mean(), ls="--", lw=0.8, color=line.get_color())
     ax.set(xlabel={"update": "update (dashed: before training)", "passes": "forward passes (a backward counts 2)"}[x],
            ylabel="held-out accuracy")
+    ax.locator_params(axis="x", nbins=5)
     ax.legend(fontsize=7)
 
 
