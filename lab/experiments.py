@@ -540,10 +540,10 @@ def signatures(lab):
         runs = [next(done) for _ in lab.seeds]
         named = [next((h["update"] for h in run for kind, _ in h["warnings"] if kind == wanted), None) for run in runs]
         others = sorted({kind for run in runs for h in run for kind, _ in h["warnings"]} - {wanted})
-        rows.append((wanted or "none", cause, " ".join(str(n or "-") for n in named), ", ".join(others) or "-"))
+        rows.append((wanted or "none", cause, " ".join(str(n or "-") for n in named), len(runs[0]), ", ".join(others) or "-"))
         results.append(dict(wanted=wanted, cause=cause, flags=flags, how=how, named=named, runs=runs))
-    lab.note(f"{calls[0][0].updates} updates, seeds {lab.seeds}: the update at which the warning first came (-: never)")
-    lab.table(("signature", "provoked by", "named at update", "other warnings"), *rows)
+    lab.note(f"the update at which the warning first came (-: never), for each of the seeds {lab.seeds}; and how many there were")
+    lab.table(("signature", "provoked by", "named at update", "of", "other warnings"), *rows)
     texts = {kind: text for x in results for run in x["runs"] for h in run for kind, text in h["warnings"]}
     lab.say("", *(f"warning: {text}"[:118] for _, text in sorted(texts.items())))
 
