@@ -531,7 +531,9 @@ def signatures(lab):
     """Provoke each failure: does the warning of agrpo.py's log (logbook.signatures) name it, and when?"""
     lab.out.mkdir(parents=True, exist_ok=True)
     logbook.write_lines(lab.out / "one-problem.jsonl", [ONE_PROBLEM])
-    calls = [(lab.config(seed=seed, **flags), how) for *_, flags, how in PROVOCATIONS for seed in lab.seeds]
+    size = ("updates", "questions", "G") if lab.quick else ()                    # not the provocation's then, but --quick's
+    calls = [(lab.config(seed=seed, **{name: x for name, x in flags.items() if name not in size}), how)
+             for *_, flags, how in PROVOCATIONS for seed in lab.seeds]
     for cfg, _ in calls:
         cfg.train_file = cfg.train_file and str(lab.out / cfg.train_file)
     done = iter(lab.map(provoke, calls))
