@@ -157,7 +157,7 @@ def train(model, tokenizer, steps, sudoku_share, lr, seed, batch=128, out=None):
         schedule.step()
         losses[task].append(loss.item())
         if step % 250 == 0 or step == steps:
-            mean = {name: sum(v[-100:]) / max(len(v[-100:]), 1) for name, v in losses.items()}
+            mean = {name: sum(v[-100:]) / len(v[-100:]) for name, v in losses.items() if v}
             print(f"step {step:6d}  loss " + "  ".join(f"{n} {v:.4f}" for n, v in mean.items())
                   + f"  {time.time() - start:.0f} s", flush=True)
         if step % 1000 == 0 or step == steps:
