@@ -64,10 +64,12 @@ class Lab:
     def map(self, function, calls, fresh=False):
         """[function(*call) for call in calls], on --jobs processes of one thread each: for a model this small that is
         quicker than threads. fresh: a new process, all threads, per call, one at a time, to measure time and memory."""
-        if self.jobs == 1 and not fresh:
+        if fresh:
+            self.jobs = 1
+        elif self.jobs == 1:
             return [function(*call) for call in calls]
-        processes = 1 if fresh else min(self.jobs, len(calls))
-        with multiprocessing.get_context("spawn").Pool(processes, start_worker, (fresh,), 1 if fresh else None) as pool:
+        with multiprocessing.get_context("spawn").Pool(min(self.jobs, len(calls)), start_worker, (fresh,),
+                                                       1 if fresh else None) as pool:
             return [result.get() for result in [pool.apply_async(function, call) for call in calls]]
 
     def say(self, *lines):
@@ -113,7 +115,7 @@ def report(record):
     """What a run printed, under its command, machine and versions: lab/figures/NAME.txt."""
     hardware, versions = record["hardware"], record["config"]["versions"]
     return "\n".join([f"$ {record['command']}", f"{record['seconds']:.0f} s, {hardware['cpu']}, {hardware['cores']} cores, "
-                      f"{hardware['processes']} processes; " + ", ".join(f"{k} {v}" for k, v in versions.items()),
+                      f"{hardware['processes']} process{'es' * (hardware['processes'] > 1)}; " + ", ".join(f"{k} {v}" for k, v in versions.items()),
                       *record["table"], ""])
 
 
