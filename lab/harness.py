@@ -113,10 +113,9 @@ def cpu_name():
 
 def report(record):
     """What a run printed, under its command, machine and versions: lab/figures/NAME.txt."""
-    hardware, versions = record["hardware"], record["config"]["versions"]
-    return "\n".join([f"$ {record['command']}", f"{record['seconds']:.0f} s, {hardware['cpu']}, {hardware['cores']} cores, "
-                      f"{hardware['processes']} process{'es' * (hardware['processes'] > 1)}; " + ", ".join(f"{k} {v}" for k, v in versions.items()),
-                      *record["table"], ""])
+    machine = "{cpu}, {cores} cores, processes: {processes}".format(**record["hardware"])
+    versions = ", ".join(f"{name} {version}" for name, version in record["config"]["versions"].items())
+    return "\n".join([f"$ {record['command']}", f"{record['seconds']:.0f} s, {machine}; {versions}", *record["table"], ""])
 
 
 def picture(path, draw, keep=False):
@@ -130,7 +129,7 @@ def picture(path, draw, keep=False):
     path.parent.mkdir(parents=True, exist_ok=True)
     logbook.save_figure(path, fig)
     if keep:
-        (ROOT / "lab" / "figures").mkdir(exist_ok=True)
+        (ROOT / "lab" / "figures").mkdir(parents=True, exist_ok=True)
         shutil.copy(path, ROOT / "lab" / "figures")
 
 

@@ -49,15 +49,18 @@ def gradient(scene, estimate):
 
 
 @pytest.mark.parametrize("name", harness.EXPERIMENTS)
-def test_an_experiment_prints_its_table_and_writes_its_files(name, folder, alive, tmp_path, capsys):
+def test_an_experiment_prints_its_table_and_writes_its_files(name, folder, alive, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)                               # --figures must not touch the real ones
     flags = [name, "--quick", "--model", folder, "--out", str(tmp_path), "--jobs", "1", "--seeds", "1", "--eval_n", "1",
-             "--questions", "2", "--G", "3", "--updates", "1"]
+             "--questions", "2", "--G", "3", "--updates", "1", "--figures"]
     assert experiments.main(flags) == 0
     printed = capsys.readouterr().out.splitlines()
     assert max(map(len, printed)) <= 120 + len(str(tmp_path))                    # the command line holds the folder
     saved = json.loads((tmp_path / f"{name}.json").read_text())
     assert {"command", "seeds", "hardware", "config", "results", "table"} <= set(saved) and saved["seeds"] == [0]
-    assert (tmp_path / f"{name}.png").stat().st_size > 5000
+    kept = (tmp_path / "lab" / "figures" / f"{name}.txt").read_text()
+    assert kept.startswith(f"$ bash run.sh lab {name} --quick") and kept.endswith("\n".join([*saved["table"], ""]))
+    assert (tmp_path / f"{name}.png").stat().st_size > 5000 and (tmp_path / "lab" / "figures" / f"{name}.png").is_file()
 
 
 def test_the_sum_over_pairs_of_every_estimate_is_unbiased(scene):
