@@ -121,19 +121,18 @@ def draw_weights(p, adv, G, k, points, draws):
     """The weights (draws, B * m) that a sampler gives every (row, step): 0 where not drawn, 1 on average.
     group, pooled (ours): k points per row, but through one CDF of |A| p over all rows and steps of a group of G rows, or
     of the batch, so that rows of large |A| get more of them."""
-    (B, m), live, weights = p.shape, adv != 0, []
-    together = {"group": G, "pooled": B}.get(points, 0)
-    if not together:
-        rows, steps, w = agrpo.sample_timesteps((p * live[:, None]).repeat(draws, 1), torch.cat(
-            [agrpo.timestep_points(B, k, points) for _ in range(draws)]))
-        c = torch.zeros(draws * B, m, dtype=torch.float64)
+    (B, m), live = p.shape, adv != 0
+
+    def weights(p, u):
+        c = torch.zeros_like(p)
+        rows, steps, w = agrpo.sample_timesteps(p, u)
         c[rows, steps] = w
-        return c.view(draws, B * m)
+        return c
+    if points not in ("group", "pooled"):
+        u = torch.cat([agrpo.timestep_points(B, k, points) for _ in range(draws)])
+        return weights((p * live[:, None]).repeat(draws, 1), u).view(draws, B * m)
+    found, together = [], G if points == "group" else B
     for q, rows in zip((p * adv.abs()[:, None]).split(together), live.split(together)):
-        c = torch.zeros(draws, q.numel(), dtype=torch.float64)
-        if rows.any():
-            draw, pair, w = agrpo.sample_timesteps((q / q.sum()).view(1, -1).repeat(draws, 1),
-                                                   agrpo.timestep_points(draws, k * int(rows.sum())))
-            c[draw, pair] = w
-        weights.append(c)
-    return torch.cat(weights, dim=1)
+        q = q.reshape(1, -1).repeat(draws, 1)                                    # (draws, together * m)
+        found.append(weights(q / q[:1].sum(), agrpo.timestep_points(draws, k * int(rows.sum()))) if rows.any() else q)
+    return torch.cat(found, dim=1)

@@ -126,21 +126,18 @@ def at(evals, x, value):
 def learning(lab, title, variants, passes):
     """Train every variant, {label: (flags, estimator)}, on every seed; tabulate at equal updates, at equal compute and at
     a quarter of it (passes = 0: decoded greedily in their place). Returns {label: [run per seed]}."""
-    cfg, labels = lab.config(**next(iter(variants.values()))[0]), list(variants)
-    done = iter(lab.map(training_run, [(lab.config(seed=seed, **flags), estimator, passes)
-                                       for flags, estimator in variants.values() for seed in lab.seeds]))
-    runs = {label: [next(done) for _ in lab.seeds] for label in labels}
+    cfg = lab.config(**next(iter(variants.values()))[0])
+    runs = lab.over_seeds(training_run, {label: (*variant, passes) for label, variant in variants.items()})
     lab.note(f"held-out accuracy, sampled as the rollouts are; {cfg.task}, m = {cfg.m}, n = {cfg.eval_n}, seeds {lab.seeds}: "
              "mean [lowest, highest]")
-    goals = [("update", cfg.updates, f"after {cfg.updates} updates")] + [
-        ("passes", x, f"after {x:,} passes") for x in (passes // 4, passes) if passes]
-    lab.table((title, "base", *(name for *_, name in goals), *(() if passes else ("then greedily",)), "passes/update",
-               "s/update"), *(
-        (label, f"{np.mean([r['evals'][0]['accuracy'] for r in runs[label]]):.1%}",
-         *(spread([at(r["evals"], x, value) for r in runs[label]]) for x, value, _ in goals),
-         *(() if passes else (spread([r["greedy"]["accuracy"] for r in runs[label]]),)),
-         *(format(np.mean([r["evals"][-1][x] / r["evals"][-1]["update"] for r in runs[label]]), form)
-           for x, form in (("passes", ".0f"), ("seconds", ".2f")))) for label in labels))
+    reached = {f"after {cfg.updates} updates": lambda r: at(r["evals"], "update", cfg.updates)}
+    reached |= {f"after {x:,} passes": lambda r, x=x: at(r["evals"], "passes", x) for x in (passes // 4, passes)} if passes \
+        else {"then greedily": lambda r: r["greedy"]["accuracy"]}
+    lab.table((title, "base", *reached, "passes/update", "s/update"), *(
+        (label, f"{np.mean([r['evals'][0]['accuracy'] for r in seeds]):.1%}",
+         *(spread([accuracy_of(r) for r in seeds]) for accuracy_of in reached.values()),
+         *(format(np.mean([r["evals"][-1][x] / r["evals"][-1]["update"] for r in seeds]), form)
+           for x, form in (("passes", ".0f"), ("seconds", ".2f")))) for label, seeds in runs.items()))
     return runs
 
 
@@ -193,13 +190,11 @@ def variance(lab):
     task x (all parameters of the base model | LoRA after --updates updates) x seed, each with its own rollouts."""
     names = [lab.config().task] if lab.quick or "--task" in lab.argv else ["countdown", "sudoku"]
     ms, draws = {"countdown": (4, 6, 12), "sudoku": (4, 5, 10)}, 50 if lab.quick else 1000
-    cells = {f"{task}, {state}": (task, more) for task in names for state, more in (
-        ("base model, all parameters", dict(lora_r=0)), (f"LoRA after {lab.config().updates} updates", {}))}
     hard = {"sudoku": dict(unmasking="random")}      # by max_prob it is right in nearly every rollout, all groups are dead
-    done = iter(lab.map(variance_cell, [
-        (lab.config(task=task, seed=seed, **hard.get(task, {}), **more), ms[task][:1 if lab.quick else 3], draws)
-        for task, more in cells.values() for seed in lab.seeds]))
-    results = {cell: [next(done) for _ in lab.seeds] for cell in cells}
+    results = lab.over_seeds(variance_cell, {
+        f"{task}, {state}": (dict(task=task, **hard.get(task, {}), **more), ms[task][:1 if lab.quick else 3], draws)
+        for task in names for state, more in (("base model, all parameters", dict(lora_r=0)),
+                                              (f"LoRA after {lab.config().updates} updates", {}))})
 
     def get(seeds, field, sampler, k, m):
         return np.array([x[field] for found in seeds for x in found
@@ -294,7 +289,7 @@ def compare(lab):
          spread(join(name, "others"), ".3f"), f"{np.mean([cell[name]['pairs'] for cell in cells]):.2f}")
         for name in cells[0]))
     variants = {f"{name}, lr {cfg.lr * x:.2g}": (dict(lr=cfg.lr * x), name) for name in ("agrpo", "one-step", "ELBO")
-                for x in (1 / 3, 1, 3)[1 - (not lab.quick):3 - lab.quick]}
+                for x in ((1,) if lab.quick else (1 / 3, 1, 3))}
     runs = learning(lab, "estimator", variants, nominal_passes(cfg))
 
     def draw(fig):
@@ -328,9 +323,7 @@ def order(lab):
     variants |= {f"low_confidence, {what} scored": (dict(unmasking="low_confidence", score_discarded=all_of_it), "agrpo")
                  for what, all_of_it in (("all", True), ("kept only", False))}
     batches = 2 if lab.quick else 12
-    done = iter(lab.map(agreement, [(lab.config(seed=seed, lora_r=0, **flags), batches) for flags, _ in variants.values()
-                                    for seed in lab.seeds]))
-    cosines = {label: [next(done) for _ in lab.seeds] for label in variants}
+    cosines = lab.over_seeds(agreement, {label: (dict(flags, lora_r=0), batches) for label, (flags, _) in variants.items()})
     lab.note(f"cosine between the gradients of two batches of {lab.config().questions * lab.config().G} rollouts, mean over the "
              f"pairs of {batches} batches; over {len(lab.seeds)} seeds: mean [lowest, highest]")
     lab.table(("order of unmasking", "agreement"), *((label, spread(x, ".3f")) for label, x in cosines.items()))
@@ -531,15 +524,14 @@ def signatures(lab):
     """Provoke each failure: does the warning of agrpo.py's log (logbook.signatures) name it, and when?"""
     lab.out.mkdir(parents=True, exist_ok=True)
     logbook.write_lines(lab.out / "one-problem.jsonl", [ONE_PROBLEM])
-    size = ("updates", "questions", "G") if lab.quick else ()                    # not the provocation's then, but --quick's
-    calls = [(lab.config(seed=seed, **{name: x for name, x in flags.items() if name not in size}), how)
-             for *_, flags, how in PROVOCATIONS for seed in lab.seeds]
-    for cfg, _ in calls:
-        cfg.train_file = cfg.train_file and str(lab.out / cfg.train_file)
-    done = iter(lab.map(provoke, calls))
+
+    def adapted(flags):                              # --quick keeps sizes of its own; the file is in --out
+        kept = {name: x for name, x in flags.items() if not (lab.quick and name in ("updates", "questions", "G"))}
+        return kept | ({"train_file": str(lab.out / flags["train_file"])} if "train_file" in flags else {})
+    provoked = lab.over_seeds(provoke, {cause: (adapted(flags), how) for _, cause, flags, how in PROVOCATIONS})
     rows, results = [], []
     for wanted, cause, flags, how in PROVOCATIONS:
-        runs = [next(done) for _ in lab.seeds]
+        runs = provoked[cause]
         named = [next((h["update"] for h in run for kind, _ in h["warnings"] if kind == wanted), None) for run in runs]
         others = sorted({kind for run in runs for h in run for kind, _ in h["warnings"]} - {wanted})
         rows.append((wanted or "none", cause, " ".join(str(n or "-") for n in named), len(runs[0]), ", ".join(others) or "-"))
@@ -549,22 +541,22 @@ def signatures(lab):
     texts = {kind: text for x in results for run in x["runs"] for h in run for kind, text in h["warnings"]}
     lab.say("", *(f"warning: {text}"[:118] for _, text in sorted(texts.items())))
 
-    show = dict(                                     # what each warning looks at, and where it speaks up
-        spike=("gradient norm / median", 10, lambda run: [h["grad_norm"] / np.median([x["grad_norm"] for x in run]) for h in run]),
-        entropy=("entropy / first", 0.05, lambda run: [h["entropy"] / run[0]["entropy"] for h in run]),
-        eos=("EOS in late steps", 0.9, lambda run: [h["late_eos"] for h in run]),
-        dead=("dead groups", 0.8, lambda run: [h["dead_groups"] for h in run]),
-        clip=("clipped tokens", 0.3, lambda run: [h["clip_low"] + h["clip_high"] for h in run]))
+    show = dict(                                     # what each warning looks at
+        spike=("gradient norm / median", lambda run: [h["grad_norm"] / np.median([x["grad_norm"] for x in run]) for h in run]),
+        entropy=("entropy / first", lambda run: [h["entropy"] / run[0]["entropy"] for h in run]),
+        eos=("EOS in late steps", lambda run: [h["late_eos"] for h in run]),
+        dead=("dead groups", lambda run: [h["dead_groups"] for h in run]),
+        clip=("clipped tokens", lambda run: [h["clip_low"] + h["clip_high"] for h in run]))
 
     def draw(fig):
-        provoked = [x for x in results if x["wanted"]]
-        for ax, x in zip(fig.subplots(2, -(-len(provoked) // 2)).flat, provoked):
-            name, limit, value = show[x["wanted"]]
+        shown = [x for x in results if x["wanted"]]
+        for ax, x in zip(fig.subplots(2, -(-len(shown) // 2)).flat, shown):
+            name, value = show[x["wanted"]]
             for runs, color in ((results[0]["runs"], "gray"), (x["runs"], "C0")):
                 for i, run in enumerate(runs):
                     ax.plot(range(1, len(run) + 1), value(run), c=color, lw=0.8,
                             label=None if i else {"gray": "the defaults", "C0": "provoked"}[color])
-            ax.axhline(limit, ls="--", lw=0.8, c="C3", label="warning")
+            ax.axhline(logbook.WARNINGS[x["wanted"]], ls="--", lw=0.8, c="C3", label="warning")
             ax.set_title(textwrap.shorten(x["cause"], 44, placeholder=" ..."), fontsize=6)
             ax.set_ylabel(name, fontsize=7)
             ax.tick_params(labelsize=6)

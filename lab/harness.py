@@ -72,6 +72,12 @@ class Lab:
                                                        1 if fresh else None) as pool:
             return [result.get() for result in [pool.apply_async(function, call) for call in calls]]
 
+    def over_seeds(self, function, variants):
+        """{label: (flags, *more)} -> {label: [function(config of flags and seed, *more) for every seed]}."""
+        done = iter(self.map(function, [(self.config(seed=seed, **flags), *more) for flags, *more in variants.values()
+                                        for seed in self.seeds]))
+        return {label: [next(done) for _ in self.seeds] for label in variants}
+
     def say(self, *lines):
         print(*lines, sep="\n", flush=True)
         self.lines += lines

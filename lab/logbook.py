@@ -501,21 +501,24 @@ def wilson(correct, n, z=1.96):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+WARNINGS = dict(spike=10, entropy=0.05, eos=0.9, dead=0.8, clip=0.3)            # where each signature speaks up
+
+
 def signatures(now, past):
     """The paper's failure signatures: (kind, one line with the likely cause). now: this update; past: those before."""
     norms = sorted([x["grad_norm"] for x in past if 0 < x["grad_norm"] < math.inf][-20:])    # 0: dead groups only
-    if len(norms) >= 10 and now["grad_norm"] > 10 * norms[len(norms) // 2]:
-        yield "spike", (f"gradient norm {now['grad_norm']:.3g} is over 10 times its median: k too small, or a timestep sampler "
-                        "with unbounded weights")
-    if past and now["entropy"] < 0.05 * past[0]["entropy"]:
+    if len(norms) >= 10 and now["grad_norm"] > WARNINGS["spike"] * norms[len(norms) // 2]:
+        yield "spike", (f"gradient norm {now['grad_norm']:.3g} is over {WARNINGS['spike']} times its median: k too small, or a "
+                        "timestep sampler with unbounded weights")
+    if past and now["entropy"] < WARNINGS["entropy"] * past[0]["entropy"]:
         yield "entropy", (f"entropy {now['entropy']:.3g} fell from {past[0]['entropy']:.3g}: the policy has stopped exploring; "
                           "lower --lr, or stop here")
-    if now["late_eos"] > 0.9:
+    if now["late_eos"] > WARNINGS["eos"]:
         yield "eos", f"{now['late_eos']:.0%} of the last steps' tokens are EOS: shorten --C, or --block_length"
-    if now["dead_groups"] > 0.8:
+    if now["dead_groups"] > WARNINGS["dead"]:
         yield "dead", (f"{now['dead_groups']:.0%} of the groups are dead (all rewards equal): problems too easy or too hard, or "
                        "--G too small")
-    if now["clip_low"] + now["clip_high"] > 0.3:
+    if now["clip_low"] + now["clip_high"] > WARNINGS["clip"]:
         yield "clip", f"{now['clip_low'] + now['clip_high']:.0%} of the tokens are clipped: lower --lr or --mu"
 
 
