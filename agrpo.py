@@ -1,804 +1,1673 @@
 """AGRPO in one file: the policy gradient of a masked diffusion language model, exact step by step.
 
-Paper: "Simple Policy Gradients for Reasoning with Diffusion Language Models", arXiv 2510.04019. A masked diffusion
-model (LLaDA, Dream) writes an answer by unmasking a few tokens per denoising step. AGRPO sees each step as one
-action of a Markov decision process. The tokens of one step are drawn independently given the text so far, so the
-step's log-probability is a plain sum of token log-probabilities: exact, from one forward pass, no ELBO.
+A masked diffusion model (LLaDA, Dream) writes an answer by unmasking a few tokens per denoising
+step. AGRPO (arXiv 2510.04019) takes each step as one action of a Markov decision process. Given
+the text so far, the tokens of one step are drawn independently, so the step's log-probability is
+a plain sum of token log-probabilities: exact, from one forward pass, no ELBO.
 
     repeat:
-      q   <- prompts, G copies of each                                                    § Train
-      o   <- denoise q in m steps; remember per step: positions, tokens, log pi, entropy   § Rollout
-      r   <- checker(o);   A_i = r_i - mean of the group's r                               § Advantages
-      for each of mu passes:
-        t_1..t_k ~ p_t, evenly spaced through p's CDF in every row;   w = 1 / (k p_t)      § Timestep sampler
-        log pi_theta(a_t | x_t): mask o again as it was at step t, one forward pass        § Per-step log-probabilities
-        J = mean over rows of  (1/m) sum_j w_j min(rho A, clip(rho, 1-eps, 1+eps) A)       § Clipped loss
-        theta <- one optimizer step on -J, summed over micro-batches                       § Update
+      q      <- questions, G copies of each                                      § 8 Train
+      o      <- denoise q in m steps; remember when each token appeared, log pi  § 2 Rollout
+      A_i    <- r_i - mean of the group's r,  r = checker(o)                     § 3 Advantages
+      t_1..t_k ~ p_t, evenly spaced through p's CDF;   w = 1 / (k p_t)           § 4 Timesteps
+      J      <- mean over rows of (1/m) sum_j w_j min(rho A, clip(rho) A)        § 5 Loss
+                rho = pi_theta(a_t | x_t) / pi_old(a_t | x_t), x_t masked again
+      theta  <- one optimizer step on -J                                         § 6 Update
 
-Left out on purpose: sequence-level likelihoods and ELBOs (the point of the paper), a value network, a separate
-reference model (switch the adapters off instead), KV caches, FSDP and DeepSpeed.
-Different from the official code (github.com/probablyabot/agrpo), each where it matters and said there: the k
-timesteps are spread within a row, the sum runs over every step that acted and is divided by the constant m
-(`--length_norm official` gives theirs), a step drawn twice costs one forward, the LM head runs on the scored rows
-only, the order of unmasking never biases the gradient unless you ask for it.
+§ 1 to § 6 are the algorithm: tensors in, tensors out, to be lifted into other code. § 7 makes a
+transformers model the policy, § 8 is the training loop, § 9 what a person types and what is kept.
+Needs kernels.py and tasks.py beside it, and nothing else of this repository.
 
-Notation (the same letters in the paper's formulas, the code and the flags):
-    q, o        prompt ids (left-padded), completion ids                       (B, P), (B, C)
-    t, m        denoising step 0..m-1, number of steps
-    k           Monte-Carlo timesteps per rollout (never `top_k`)
-    G, mu       rollouts per prompt, passes over one batch of rollouts
-    beta, eps   KL weight, clip width
-    B P C L V   rows, prompt, completion, P + C, vocabulary
-    S           slots of a step: how many tokens one step scores, C / m unless said otherwise
-    step_of     the step that revealed each token, m where none did            (B, C)
-    logp, logp_old, logp_ref, ratio, adv, w                                     w: weight of a timestep
+Left out on purpose: a value network, a separate reference model, key-value caches (a policy may
+bring one, see Block), sharding one model over GPUs. And training by low-confidence unmasking, which
+draws everywhere and keeps the likeliest tokens: the discarded ones are part of that action, and
+with them scored the gradient is exact but very noisy. max_prob chooses before it draws instead.
 
-Read top to bottom; `grep '^# §' agrpo.py` lists the sections. Everything down to § Update is tensors in, tensors out.
+Letters   B rows   P prompt   C completion   L = P + C   V vocabulary   W = C / m tokens a step
+          m denoising steps   k of them are scored   G rollouts per question   N (row, step) pairs
 """
+import argparse
+import contextlib
+import errno
+import fcntl
+import importlib.util
+import inspect
+import io
+import json
 import math
 import os
+import re
+import resource
+import shutil
+import signal
 import sys
+import tempfile
+import textwrap
 import time
-from dataclasses import dataclass, field
+import zipfile
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple, Optional
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
+import torch.distributed as dist
 
 import tasks
 from kernels import logprobs_and_entropy, support_logprobs_and_entropy
-from lab import cli, evaluation, logbook, models, processes      # flags, files, loading: no need to read it first
 
-# ====================================================================================================================
-# § Config
-# ====================================================================================================================
-# One dataclass, every field a flag. A default of None is filled from PRESETS below, by scale and task.
-
-
-def _(default, help):
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass
-class Config:
-    # --- what to run
-    task: str = _("countdown", "countdown, sudoku, gsm8k, math, or a task of your own in tasks.TASKS")
-    mode: str = _("train", "train, or eval (needs no optimizer; give --adapter to evaluate a trained one)")
-    model: Optional[str] = _(None, "hub id or local folder [lab/tiny, or LLaDA-8B-Instruct on a GPU of 40 GB or more]")
-    revision: Optional[str] = _(None, "hub revision (commit hash) to pin, advised with remote code")
-    trust_remote_code: bool = _(False, "run the Python code that comes with the model")
-    adapter: Optional[str] = _(None, "folder of a trained adapter to evaluate, e.g. runs/countdown/adapter")
-    out: Optional[str] = _(None, "output folder [runs/TASK, then runs/TASK-2, ...]")
-    resume: bool = _(False, "continue the run in --out (default: the newest run of this task)")
-    seed: int = _(0, "seeds LoRA's initialisation, the order of prompts and every random draw")
-    # --- the task's data (tasks.py)
-    train_file: Optional[str] = _(None, "local file or folder in place of the task's training data")
-    test_file: Optional[str] = _(None, "local file or folder in place of the task's held-out data")
-    numbers: Optional[int] = _(None, "countdown: how many numbers")
-    max_number: Optional[int] = _(None, "countdown: largest number")
-    max_target: Optional[int] = _(None, "countdown: largest target")
-    division: Optional[bool] = _(None, "countdown: whether a target may need a division")
-    empties: Optional[int] = _(None, "sudoku: empty cells")
-    max_prompt: int = _(512, "prompts of more tokens are left out, and counted")
-    # --- the denoising MDP
-    C: Optional[int] = _(None, "completion length in tokens")
-    m: Optional[int] = _(None, "denoising steps per completion: C / m tokens are revealed each step")
-    block_length: Optional[int] = _(None, "semi-autoregressive block; divides C")
-    unmasking: Optional[str] = _(None, "which positions a step reveals: random, entropy, max_prob, low_confidence [random]")
-    score_discarded: bool = _(True, "low_confidence: score the sampled tokens it discards too (exact; False is biased)")
-    temperature: Optional[float] = _(None, "sampling temperature of the rollouts")
-    top_k: Optional[int] = _(None, "sample among the top_k likeliest tokens (0: all)")
-    top_p: Optional[float] = _(None, "sample in the nucleus of this mass (1: all)")
-    # --- the policy gradient
-    G: int = _(8, "rollouts per prompt (the group)")
-    questions: Optional[int] = _(None, "prompts per update, over all processes: questions x G rollouts")
-    k: Optional[int] = _(None, "Monte-Carlo timesteps per rollout, k << m")
-    timesteps: str = _("surprise", "p_t follows: surprise (how unlikely the step's tokens were), entropy (paper), uniform")
-    points: str = _("low-discrepancy", "how k points are drawn: low-discrepancy, iid, row-strata, batch-strata (official)")
-    mu: int = _(1, "passes (optimizer steps) over one batch of rollouts, each with fresh timesteps")
-    eps: float = _(0.2, "clip width of the ratio")
-    ratio: str = _("token", "importance ratio per token (as in the official code) or per step (product of its tokens)")
-    beta: float = _(0.0, "weight of the KL to the base model (0: never computed)")
-    normalise_std: bool = _(False, "divide advantages by the group's standard deviation (GRPO; biased, see Dr. GRPO)")
-    length_norm: str = _("constant", "constant: sum over steps / m, exact. official: mean up to the last non-EOS step")
-    # --- optimisation
-    updates: Optional[int] = _(None, "training steps: each one batch of rollouts, mu optimizer steps")
-    lr: Optional[float] = _(None, "peak learning rate; cosine to 0 after the warm-up")
-    warmup: float = _(0.01, "share of the updates that warm the learning rate up")
-    weight_decay: float = _(0.01, "AdamW, betas 0.9 / 0.99")
-    max_grad_norm: float = _(1.0, "gradient clipping")
-    lora_r: Optional[int] = _(None, "LoRA rank on every linear layer of the blocks (0: train all parameters)")
-    lora_alpha: Optional[int] = _(None, "LoRA alpha")
-    micro_batch: Optional[int] = _(None, "(row, timestep) pairs per forward and backward of the loss")
-    rollout_batch: Optional[int] = _(None, "rows per forward of a rollout")
-    dtype: Optional[str] = _(None, "dtype of the base model: float32, bfloat16, float16 (adapters and head: float32)")
-    load_in_4bit: bool = _(False, "quantise the base model with bitsandbytes, if installed")
-    activation_checkpointing: Optional[bool] = _(None, "recompute activations in the backward pass to save memory")
-    device: Optional[str] = _(None, "cpu, cuda, cuda:1 ... [cuda if there is one]")
-    # --- evaluation: greedy, low-confidence unmasking, as LLaDA does it; and once more as the rollouts sample
-    eval_n: int = _(500, "held-out problems per evaluation")
-    eval_every: Optional[int] = _(None, "evaluate every so many updates (0: first and last only)")
-    steps: Optional[str] = _(None, "numbers of denoising steps to evaluate at, e.g. 12,6,3 [every one that divides]")
-    eval_sampled: Optional[bool] = _(None, "also evaluate as the rollouts sample, and make that the headline number")
-    eval_C: Optional[int] = _(None, "completion length in evaluation")
-    eval_block: Optional[int] = _(None, "block length in evaluation")
-    eval_batch: Optional[int] = _(None, "rows per forward in evaluation")
-    seeds: int = _(1, "--mode eval: seeds of the sampled evaluation, counted from --seed")
-    beside_base: bool = _(False, "--mode eval with --adapter: evaluate the base model too")
-    # --- what is written
-    save_every: int = _(10, "updates between checkpoints (a killed run resumes from the last)")
-    sample_every: int = _(20, "updates between printed samples")
-    tracker: Optional[str] = _(None, "wandb, tensorboard, ... through accelerate; metrics.jsonl is always written")
-
-
-LLADA = "GSAI-ML/LLaDA-8B-Instruct"
-TINY = str(Path(__file__).resolve().parent / "lab" / "tiny")
-# Sources: llada = the official train.yaml, lr to be swept (theirs came with 24 optimizer steps per training step);
-# tiny = measured here, see README.
-PRESETS = {
-    "tiny": dict(C=32, m=8, k=4, temperature=1.0, questions=20, lr=1e-3, lora_r=32, lora_alpha=64, updates=200,
-                 micro_batch=320, rollout_batch=512, eval_batch=512, eval_every=50, eval_sampled=True, dtype="float32",
-                 activation_checkpointing=False),
-    "tiny/countdown": dict(C=12, m=2, k=1, max_number=16, division=False, lr=1.5e-3, updates=500),
-    "tiny/sudoku": dict(C=20, m=2, k=1, empties=10, unmasking="max_prob"),
-    "llada": dict(C=384, m=128, block_length=12, temperature=0.6, top_k=150, top_p=0.99, k=24, questions=16,
-                  updates=300, lr=1e-5, lora_r=64, lora_alpha=64, micro_batch=4, rollout_batch=16, eval_batch=16,
-                  eval_every=50, eval_C=256, eval_block=32, steps="128", eval_sampled=False, dtype="bfloat16",
-                  activation_checkpointing=True),
-}
-
-
-# ====================================================================================================================
-# § The denoising MDP
-# ====================================================================================================================
-# State  x_t: the prompt q and the tokens revealed before step t; every other completion position is [MASK].
-# Action a_t: the tokens drawn at step t, independently given x_t, so  log pi(a_t | x_t) = sum of log p(token | x_t).
-# Reward  r : a checker's verdict on the finished text; nothing before.
+# ==============================================================================================
+# § 1 The denoising MDP
+# ==============================================================================================
+#   state   x_t  the prompt, the tokens revealed before step t, [MASK] everywhere else
+#   action  a_t  the W tokens revealed at step t:  log pi(a_t | x_t) = sum log p(token | x_t)
+#   reward  r    a checker's verdict on the finished text, once, at the end
 #
-# With a reward only at the end, the policy gradient is  E[ sum_{t<n} grad log pi(a_t | x_t) * A ],  n = steps taken.
-# One trajectory is stored action by action: slot s of step t of row b holds one scored token.
+# One rollout, C = 6 tokens in m = 3 steps, so W = 2:
+#
+#       x_0     _   _   _   _   _   _
+#       x_1     _   +   _   =   _   _            a_0 = { +, = }
+#       x_2     3   +   _   =   7   _            a_1 = { 3, 7 }
+#       o       3   +   4   =   7  EOS           a_2 = { 4, EOS }
+#   step_of     1   0   2   0   1   2
+#
+# So the finished text and `step_of` hold every state and every action of the trajectory.
+
+UNMASKING = ("random", "max_prob", "entropy")
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a completion is written: m steps, block after block, C / m tokens a step."""
+    C: int
+    m: int
+    block_length: int
+    unmasking: str = "random"      # which positions a step reveals, one of UNMASKING
+    temperature: float = 1.0       # 0 is greedy: for evaluation
+    top_k: int = 0                 # draw among the likeliest top_k tokens only; 0: among all
+    top_p: float = 1.0             # and of those, among the likeliest that hold this mass
+
+    def __post_init__(self):
+        C, m, block = self.C, self.m, self.block_length
+        if C < 1 or block < 1 or C % block:
+            good = [b for b in range(1, C + 1) if C % b == 0]
+            raise ValueError(f"--block_length {block} does not divide --C {C}: choose from {good}")
+        if m not in step_counts(C, block):
+            raise ValueError(f"--m {m} steps cannot reveal --C {C} tokens in blocks of --block_length "
+                             f"{block} in equal shares: choose m from {step_counts(C, block)}")
+        if self.unmasking not in UNMASKING:
+            raise ValueError(f"--unmasking {self.unmasking} is unknown: choose from {UNMASKING}")
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
+            raise ValueError(f"--temperature {self.temperature}, --top_k {self.top_k}, --top_p "
+                             f"{self.top_p}: temperature and top_k from 0, top_p in (0, 1]")
+        if self.top_p < 1 and not self.top_k:
+            raise ValueError(f"--top_p {self.top_p} needs a --top_k, 150 say: the support of every "
+                             "token is stored")
+
+    @property
+    def W(self):
+        return self.C // self.m
+
+    def block_start(self, t):
+        """Where in the completion the block of step t begins; t an int or a tensor."""
+        return t * self.W // self.block_length * self.block_length
+
+
+def step_counts(C, block_length):
+    """The numbers of steps that reveal C tokens in equal shares, most first."""
+    return [C // W for W in range(1, block_length + 1) if block_length % W == 0]
 
 
 class Trajectory(NamedTuple):
-    """A batch of finished denoising runs: all that the loss needs, on the device of the rollout."""
-    q: torch.Tensor                    # (B, P) int64, left-padded prompt
-    q_mask: torch.Tensor               # (B, P) int64, 0 at padding
-    o: torch.Tensor                    # (B, C) int64, finished completion
-    step_of: torch.Tensor              # (B, C) int64, step that revealed the token; m: never acted on (early exit)
-    pos: torch.Tensor                  # (B, m, S) int64, positions scored at each step; -1: empty slot
-    tok: torch.Tensor                  # (B, m, S) int64, tokens drawn there
-    logp_old: torch.Tensor             # (B, m, S) log-probability under the very distribution they were drawn from
-    entropy: torch.Tensor              # (B, m, S) entropy of that distribution, nats
-    support: Optional[torch.Tensor]    # (B, m, S, top_k) int32 token ids it was truncated to, -1 past the end; or None
-    n: torch.Tensor                    # (B,) int64, steps in which the row acted
+    """A batch of finished rollouts: each token, the step that revealed it, and how likely it was."""
+    q: torch.Tensor                    # (B, P) prompt ids, left-padded
+    q_mask: torch.Tensor               # (B, P) 0 at padding
+    o: torch.Tensor                    # (B, C) completion ids
+    step_of: torch.Tensor              # (B, C) 0..m-1; m: never drawn, the row had ended before
+    logp_old: torch.Tensor             # (B, C) float64, log-probability when drawn
+    entropy: torch.Tensor              # (B, C) float64, of the distribution it was drawn from, nats
+    support: Optional[torch.Tensor]    # (B, C, top_k) int32, the tokens it was drawn among, then -1
+    how: Decoding
 
 
-def steps_per_block(C, m, block_length):
-    """How many of the m steps each block gets. Raises ValueError, naming values that work, unless all divide."""
-    if C < 1 or m < 1 or block_length < 1:
-        raise ValueError(f"--C {C}, --m {m} and --block_length {block_length} must all be at least 1")
-    if C % block_length:
-        good = [b for b in range(1, C + 1) if C % b == 0]
-        raise ValueError(f"--block_length {block_length} does not divide --C {C}: choose one of {good}")
-    blocks = C // block_length
-    if m % blocks or block_length % (m // blocks):
-        good = [blocks * d for d in range(1, block_length + 1) if block_length % d == 0]
-        raise ValueError(f"--m {m} steps cannot reveal {blocks} block(s) of --block_length {block_length} in equal "
-                         f"shares: choose m from {good}")
-    return m // blocks
+class Block(NamedTuple):
+    """The block being written, as positions in prompt + completion. A policy may look at less than
+    the whole text, and keep what it knows of the text around the block in `kept`, empty at first:
+    the gradient is exact for any policy that rollout and loss call with the same arguments."""
+    start: int
+    end: int
+    kept: dict
 
 
-def mask_again(o, step_of, t, mask_id):
-    """x_t's completion part: tokens revealed before step t, [MASK] elsewhere. o, step_of (N, C), t (N,) -> (N, C)."""
-    return torch.where(step_of < t[:, None], o, mask_id)
+def enter_block(q, how, t):
+    """The block that step t writes, with nothing known of it yet."""
+    start = q.shape[1] + how.block_start(t)
+    return Block(start, start + how.block_length, {})
 
 
-def denoise(policy, q, q_mask, x_t, pos, mask_id):
-    """One forward pass: the model's next-token logits at the chosen masked positions.
+def denoise(policy, q, q_mask, x_t, where, block):
+    """One forward pass: logits at positions `where` (N, W) of x_t (N, C) -> (N, W, V).
 
-    policy: callable (ids (N, L), attention mask (N, L), flat positions b * L + l (M,)) -> logits (M, V). It runs the
-            LM head on those M rows only; all rows would cost 1.2 GB at B = 8, L = 584, V = 126464.
-    q, q_mask (N, P); x_t (N, C); pos (N, S) int64 in 0..C-1, or -1 for an empty slot.
-    Returns (M, V), M = filled slots in row-major order; [MASK] itself can never be drawn, nor scored.
+    Raises FloatingPointError where a position has no finite largest logit.
     """
-    (N, P), C = q.shape, x_t.shape[1]
-    x = torch.cat([q, x_t], dim=1)                                               # (N, L)
-    attention = torch.cat([q_mask, torch.ones_like(x_t)], dim=1)                 # (N, L)
-    flat = torch.arange(N, device=q.device)[:, None] * (P + C) + P + pos         # (N, S)
-    return policy(x, attention, flat[pos >= 0]).index_fill(1, torch.tensor([mask_id], device=q.device), -math.inf)
+    ids = torch.cat([q, x_t], dim=1)                                        # (N, L)
+    mask = torch.cat([q_mask, torch.ones_like(x_t)], dim=1)
+    logits = policy(ids, mask, where + q.shape[1], block)
+    # [MASK] is no token, and some models have logits for ids that stand for nothing.
+    never = sorted({policy.mask_id, *getattr(policy, "never_ids", ())})
+    logits = logits.index_fill(-1, torch.tensor(never, device=ids.device), -math.inf)
+    # The largest logit is NaN if any is. Without this look a greedy draw would go on in silence.
+    if not logits.detach().amax(dim=-1).isfinite().all():
+        raise FloatingPointError("the model's logits are not finite")
+    return logits
 
 
-# ====================================================================================================================
-# § Rollout
-# ====================================================================================================================
+def score(logits, tokens, how, support=None):
+    """Log-probability and entropy of `tokens` (N, W) under the distribution they are drawn from.
 
+    Rollout and loss both call this, so their ratio is 1 until the parameters move.
+    """
+    flat, labels = logits.flatten(0, 1), tokens.flatten()
+    T = how.temperature or 1.0                                              # greedy: as at T = 1
+    if support is None:
+        logp, H = logprobs_and_entropy(flat, labels, temperature=T)
+    else:
+        logp, H = support_logprobs_and_entropy(flat, support.flatten(0, 1), labels, temperature=T)
+    return logp.view_as(tokens), H.view_as(tokens)
+
+
+# ==============================================================================================
+# § 2 Rollout
+# ==============================================================================================
 
 def uniforms(*shape):
-    """The default source of randomness: float64 in [0, 1). float32 would round up to 1.0 now and then."""
+    """float64 in [0, 1): float32 would round up to 1.0 now and then."""
     return torch.rand(*shape, dtype=torch.float64)
 
 
 def inverse_cdf(p, u):
-    """Index of the outcome that u falls on: the first i with p_0 + ... + p_i > u * sum(p).
+    """The outcome that each u falls on: the first i with p_0 + ... + p_i > u * sum(p).
 
-    p (N, K) >= 0, not normalised, at least one positive per row; u (N, J) in [0, 1]. Returns (N, J) int64.
-    Never an outcome of probability zero and never past the end, though the CDF may fall short of 1 by rounding or u
-    be 1.0: u * total is kept strictly below the total, where the CDF has its last true increase.
+    p (N, K) >= 0, need not sum to 1; u (N, J) in [0, 1]. Returns (N, J) int64, never an outcome of
+    probability 0 nor one past the end, though the CDF may fall short of 1 by rounding.
     """
-    cdf = p.double().cumsum(dim=-1)                                              # (N, K)
+    cdf = p.double().cumsum(dim=-1)
     total = cdf[:, -1:]
-    if not total.isfinite().all():
-        raise FloatingPointError("probabilities are not finite")
-    x = torch.minimum(u.double() * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, x.contiguous(), right=True)                   # (N, J)
+    below = torch.nextafter(total, torch.zeros_like(total))     # u = 1 must not fall past the end
+    return torch.searchsorted(cdf, torch.minimum(u * total, below), right=True)
 
 
-def sample_tokens(logits, u, temperature=1.0, top_k=0, top_p=1.0):
-    """Draw one token per row from softmax(logits / temperature), truncated to the top_k and then to the nucleus.
+def sample_tokens(logits, u, how):
+    """Draw one token per position. logits (N, W, V), u (N, W) -> tokens (N, W), support or None.
 
-    logits (N, V), -inf allowed; u (N,) uniforms; temperature 0 is greedy.
-    Returns tokens (N,), logp (N,), entropy (N,), support (N, K) int32 or None. logp and entropy are those of the
-    truncated distribution itself. The nucleus keeps the token that crosses top_p. With top_k set, only one `topk` is
-    V-wide; with top_p alone the support is as wide as the widest nucleus, so set top_k too on large vocabularies.
+    The nucleus keeps the token that crosses top_p. Only the `topk` reads all V logits.
     """
-    if temperature == 0:                                                         # evaluation only: no gradient of it
-        tok = logits.argmax(dim=-1)
-        return tok, *logprobs_and_entropy(logits, tok), None
-    if top_k <= 0 and top_p >= 1:
-        z = logits.double()
-        p = ((z - z.amax(-1, keepdim=True)) / temperature).exp()                 # (N, V) shift first: exp overflows
-        tok = inverse_cdf(p, u[:, None])[:, 0]
-        # in plain torch: lp = (logits / T).log_softmax(-1); logp = lp.gather(...), entropy = -(lp.exp() * lp).sum(-1)
-        return tok, *logprobs_and_entropy(logits, tok, temperature=temperature), None
-    V = logits.shape[-1]
-    v, ids = logits.topk(min(top_k, V) if top_k > 0 else V, dim=-1)              # (N, K), sorted
-    p = ((v.double() - v[:, :1].double()) / temperature).softmax(dim=-1)         # (N, K)
-    kept = p > 0
-    if top_p < 1:
-        kept &= (p.cumsum(-1) - p) < top_p                                       # mass before me < top_p: a prefix
-    K = int(kept.sum(-1).amax()) if len(kept) else 1
-    p, ids, kept = p[:, :K], ids[:, :K], kept[:, :K]
-    tok = ids.gather(1, inverse_cdf(p * kept, u[:, None]))[:, 0]
-    support = torch.where(kept, ids, -1).int()                                   # ids, not a (B, C, V) boolean mask
-    return tok, *support_logprobs_and_entropy(logits, support, tok, temperature), support
+    if how.temperature == 0:
+        return logits.argmax(dim=-1), None
+    ids = None
+    if how.top_k:
+        logits, ids = logits.topk(min(how.top_k, logits.shape[-1]), dim=-1)     # likeliest first
+    p = ((logits.double() - logits.amax(dim=-1, keepdim=True)) / how.temperature).softmax(dim=-1)
+    if how.top_p < 1:
+        mass_before = p.cumsum(dim=-1) - p
+        p = p * (mass_before < how.top_p)
+    drawn = inverse_cdf(p.flatten(0, 1), u.flatten()[:, None]).view(*u.shape, 1)
+    if ids is None:
+        return drawn[..., 0], None
+    return ids.gather(-1, drawn)[..., 0], torch.where(p > 0, ids, -1).int()
+
+
+def confidence(logits, unmasking):
+    """How sure the model is of each position, before a token is drawn there: (N, W, V) -> (N, W)."""
+    likeliest = logits.argmax(dim=-1)
+    logp, H = logprobs_and_entropy(logits.flatten(0, 1), likeliest.flatten())
+    return (logp if unmasking == "max_prob" else -H).view_as(likeliest)
 
 
 @torch.no_grad()
-def rollout(policy, q, q_mask, *, C, m, block_length, mask_id, eos_id, temperature=1.0, top_k=0, top_p=1.0,
-            unmasking="random", score_discarded=True, rand=uniforms):
-    """Write a completion of C tokens in m denoising steps, block after block. Returns a Trajectory.
+def rollout(policy, q, q_mask, how, rand=uniforms):
+    """Write B completions to the prompts q, q_mask (B, P). Returns a Trajectory.
 
-    q, q_mask (B, P) int64. `policy` as in `denoise`. `rand(*shape)` gives float64 uniforms, first dimension B.
-    unmasking, the rule that picks which C / m masked positions of the block a step reveals:
-      random          uniformly, independent of the model: exact, and the training default
-      entropy         where softmax(logits) has the least entropy  \\  a score of x_t alone, not of the tokens drawn:
-      max_prob        where its largest probability is largest     /   exact with the revealed tokens scored
-      low_confidence  draw everywhere in the block, keep the tokens of highest probability (LLaDA's evaluation). The
-                      tokens thrown away influenced which were kept, so the action is all of them: score_discarded
-                      scores all (exact); False scores the kept ones only (biased: cosine to the gradient 0.79-0.98).
-    A row whose whole block came out as EOS is finished: the rest is EOS, and the row leaves the batch. Nothing was
-    drawn there, so dropping those steps is exact. EOS tokens the model did draw are actions like any other.
+    policy   (ids (N, L), attention mask (N, L), positions (N, W), Block) -> logits (N, W, V);
+             policy.mask_id, policy.eos_id; if it has them, never_ids (ids that are never drawn)
+             and fill_ids (ids that fill the text after the answer, eos_id among them)
+    rand     uniforms in [0, 1), float64, of the shape asked for; the first dimension is B
     """
-    B, T, W = q.shape[0], steps_per_block(C, m, block_length), C // m            # T steps a block, W tokens a step
-    if unmasking not in ("random", "entropy", "max_prob", "low_confidence"):
-        raise ValueError(f"--unmasking {unmasking} is unknown: choose random, entropy, max_prob or low_confidence")
-    everywhere, dev = unmasking == "low_confidence", q.device
-    o, step_of = q.new_full((B, C), mask_id), q.new_full((B, C), m)
-    order = rand(B, C).to(dev)                                                   # random unmasking: smallest first
-    u = rand(B, m, block_length if everywhere else W).to(dev)                    # one uniform per token drawn
-    row, n, actions = torch.arange(B, device=dev), q.new_zeros(B), []            # row (A,): rows still writing
-    for t in range(m):
-        block = slice(t // T * block_length, (t // T + 1) * block_length)
-        if t % T == 0 and t > 0:                                                 # a block was finished: who is done?
-            done = (o[row, block.start - block_length:block.start] == eos_id).all(dim=1)
-            o[row[done], block.start:] = eos_id
-            row = row[~done]
+    B, W, block_length, dev = len(q), how.W, how.block_length, q.device
+    o = q.new_full((B, how.C), policy.mask_id)
+    step_of = q.new_full((B, how.C), how.m)
+    logp_old, entropy = torch.zeros(2, B, how.C, dtype=torch.float64, device=dev)
+    support = None
+    order, u = rand(B, how.C).to(dev), rand(B, how.m, W).to(dev)
+    fill = torch.tensor(sorted(getattr(policy, "fill_ids", [policy.eos_id])), device=dev)
+    row = torch.arange(B, device=dev)                           # rows still being written, (R,)
+
+    for t in range(how.m):
+        start = how.block_start(t)
+        if t * W == start:
+            block = enter_block(q, how, t)
+            # A row whose last block is nothing but EOS has ended. Its further steps draw nothing,
+            # so leaving them out is exact; an EOS that was drawn is an action like any other.
+            if start > 0:
+                ended = torch.isin(o[row, start - block_length:start], fill).all(dim=1)
+                o[row[ended], start:] = policy.eos_id
+                row = row[~ended]
         if len(row) == 0:
             break
-        A = len(row)
-        at = (step_of[row, block] == m).nonzero()[:, 1].view(A, -1) + block.start          # (A, c) still masked
-        if unmasking == "random":                                                # positions first, then only those
-            at = at.gather(1, order[row].gather(1, at).argsort(dim=1)[:, :W])    # (A, W)
-        logits = denoise(policy, q[row], q_mask[row], o[row], at, mask_id)       # (A * c, V)
-        if unmasking in ("entropy", "max_prob"):
-            best, H = logprobs_and_entropy(logits, logits.argmax(dim=-1))        # of softmax(logits), T = 1
-            keep = (best if unmasking == "max_prob" else -H).view(A, -1).topk(W, dim=1).indices       # (A, W)
-            logits = logits.view(*at.shape, -1)[torch.arange(A, device=dev)[:, None], keep].flatten(0, 1)
-            at = at.gather(1, keep)
-        c = at.shape[1]
-        tok, logp, H, support = sample_tokens(logits, u[row, t, :c].flatten(), temperature, top_k, top_p)
-        tok, reveal, scored = tok.view(A, c), slice(None), slice(None)           # all that was drawn
-        if everywhere:
-            confidence, _ = logprobs_and_entropy(logits, tok.flatten())          # LLaDA's: at T = 1
-            keep = confidence.view(A, c).topk(W, dim=1).indices
-            reveal = (torch.arange(A, device=dev)[:, None], keep)                # only the most confident stay
-            scored = slice(None) if score_discarded else reveal
-        shown = at[reveal]                                                       # (A, W)
-        o[row[:, None], shown], step_of[row[:, None], shown] = tok[reveal], t
-        actions.append((row, t, at[scored], tok[scored], logp.view(A, c)[scored], H.view(A, c)[scored],
-                        None if support is None else support.view(A, c, -1)[scored]))
-        n[row] = t + 1
-    S = block_length if everywhere and score_discarded else W
-    return Trajectory(q, q_mask, o, step_of, *pack_actions(actions, B, m, S, dev), n)
+
+        # Where: W of the positions that are still masked in this block. Never by looking at drawn
+        # tokens: a choice among those would be part of the action, and its probability unknown.
+        still = step_of[row, start:start + block_length] == how.m
+        masked = start + still.nonzero()[:, 1].view(len(row), -1)               # (R, c)
+        if how.unmasking == "random":
+            chosen = order[row].gather(1, masked).argsort(dim=1)[:, :W]
+            where = masked.gather(1, chosen)                                    # (R, W)
+            logits = denoise(policy, q[row], q_mask[row], o[row], where, block)
+        else:
+            logits = denoise(policy, q[row], q_mask[row], o[row], masked, block)
+            chosen = confidence(logits, how.unmasking).topk(W, dim=1).indices
+            where = masked.gather(1, chosen)
+            logits = logits[torch.arange(len(row), device=dev)[:, None], chosen]
+
+        # What: a token at each, independently. Remember how likely it was.
+        tokens, among = sample_tokens(logits, u[row, t], how)
+        logp, H = score(logits, tokens, how, among)
+        at = (row[:, None], where)
+        o[at], step_of[at] = tokens, t
+        logp_old[at], entropy[at] = logp.double(), H.double()
+        if among is not None:
+            if support is None:
+                support = among.new_full((B, how.C, among.shape[-1]), -1)
+            support[at] = among
+    return Trajectory(q, q_mask, o, step_of, logp_old, entropy, support, how)
 
 
-def pack_actions(actions, B, m, S, device):
-    """Per-step lists of (rows (A,), t, pos, tok, logp, entropy (A, s), support (A, s, K)) -> tensors (B, m, S, ...)."""
-    dtype = actions[0][4].dtype if actions else torch.float32
-    pos, tok = torch.full((B, m, S), -1, device=device), torch.zeros((B, m, S), dtype=torch.long, device=device)
-    logp, entropy = torch.zeros((2, B, m, S), dtype=dtype, device=device)
-    widths = [a[6].shape[-1] for a in actions if a[6] is not None]               # differ if there is only a top_p
-    support = torch.full((B, m, S, max(widths)), -1, dtype=torch.int32, device=device) if widths else None
-    for row, t, *parts, sup in actions:
-        s = parts[0].shape[1]
-        for whole, part in zip((pos, tok, logp, entropy), parts):
-            whole[row, t, :s] = part
-        if sup is not None:
-            support[row, t, :s, :sup.shape[-1]] = sup
-    return pos, tok, logp, entropy, support
+# ==============================================================================================
+# § 3 Advantages
+# ==============================================================================================
 
+def group_advantages(rewards, G, divide_by_std=False):
+    """A_i = r_i - mean_j r_j over the G rollouts of one question. rewards (B,) -> (B,).
 
-# ====================================================================================================================
-# § Advantages
-# ====================================================================================================================
-
-
-def group_advantages(rewards, G, normalise_std=False):
-    """A_i = r_i - mean_j r_j over the G rollouts of one prompt.
-
-    rewards (B,), groups contiguous. Returns adv (B,), dead (B,) bool: rows of groups whose rewards are all equal.
-    Dead rows get exactly 0 (a mean of equal floats need not equal them). The mean includes r_i itself, so the expected
-    gradient is (G-1)/G times the policy gradient: the leave-one-out baseline differs by that constant only.
-    Dividing by the standard deviation (GRPO) favours prompts of little spread: a bias (Dr. GRPO, arXiv 2503.20783).
+    Groups are contiguous. Exactly 0 where all rewards of a group are equal: a dead group.
+    The mean includes r_i: the expected gradient is (G-1)/G of the policy gradient, a constant.
+    Dividing by the standard deviation (GRPO) favours questions of little spread (Dr. GRPO, arXiv
+    2503.20783), so it is off.
     """
-    r = rewards.view(-1, G)                                                      # (questions, G)
-    dead = (r == r[:, :1]).all(dim=1, keepdim=True).expand_as(r)
-    adv = r - r.mean(dim=1, keepdim=True)
-    if normalise_std:
-        adv = adv / (r.std(dim=1, keepdim=True) + 1e-4)
-    return adv.masked_fill(dead, 0.0).flatten(), dead.flatten()
+    r = rewards.view(-1, G)                                                 # (questions, G)
+    A = r - r.mean(dim=1, keepdim=True)
+    if divide_by_std:
+        A = A / (r.std(dim=1, keepdim=True) + 1e-4)
+    dead = (r == r[:, :1]).all(dim=1, keepdim=True)
+    return A.masked_fill(dead, 0.0).flatten()
 
 
-# ====================================================================================================================
-# § Timestep sampler
-# ====================================================================================================================
-# sum_{t<n} g_t is estimated from k << n of its terms:  sum_j w_j g_{t_j},  t_j ~ p,  w_j = 1 / (k p_{t_j}).
-# Its mean is the full sum for any p that is positive where g_t is not zero. Where the k points fall within the row
-# decides the variance (README, "Does it work as claimed").
+# ==============================================================================================
+# § 4 Timesteps
+# ==============================================================================================
+# The gradient is a sum over all m steps, a forward and backward pass each. AGRPO estimates it from
+# k << m of them:   sum_t g_t  ~  sum_j w_j g_{t_j},   t_j ~ p,   w_j = 1 / (k p_{t_j}).
+# The mean is the full sum for every p that is positive where the row acted; the variance is not.
+# p may look at the drawn tokens: given the trajectory, the estimate of its sum stays unbiased.
+
+FOLLOW = ("surprise", "entropy", "uniform")
 
 
-def step_importance(traj, timesteps):
-    """What p_t follows, summed over the tokens of a step by `timestep_probs`: (B, m, S or 1), or None for uniform.
+def per_step(traj, values):
+    """Sum a value per token over the tokens of each step: (B, C) -> (B, m)."""
+    sums = values.new_zeros(len(values), traj.how.m + 1)
+    sums = sums.scatter_add(1, traj.step_of, values)
+    return sums[:, :-1]                                         # column m: positions never drawn
 
-    entropy   the paper's: a step with nothing to decide has a small gradient
-    surprise  ours: sqrt(sum_a (1 - p_a)^2) over the step's tokens a. At the logits the gradient of log p_a is e_a - p,
-              whose norm lies between 1 - p_a and sqrt(2) (1 - p_a). Entropy starves steps that were sure of another
-              token: their gradient is large, and so then is their weight (variance: README, "Does it work as claimed").
-    p_t may depend on the tokens drawn: given the trajectory, the estimate of its sum over steps stays unbiased.
+
+def timestep_probs(traj, follow="surprise", floor=0.1):
+    """p_t (B, m) float64: how much a step decided, mixed with 10 % uniform to bound the weights.
+
+    entropy    of the step's distributions: the paper's choice
+    surprise   sqrt(sum over its tokens of (1 - p)^2): ours. At the logits, grad log p = onehot - p
+               is about that long, also where the model was sure of another token than it drew.
     """
-    if timesteps == "surprise":                      # logp_old is 0 in empty slots: surprise 0
-        return (1 - traj.logp_old.double().exp()).square().sum(-1, keepdim=True).sqrt()
-    return traj.entropy if timesteps == "entropy" else None
-
-
-def timestep_probs(n, m, importance=None, floor=0.1):
-    """p_t over the n steps a row took. n (B,); importance (B, m, S) >= 0, summed over slots, or None for uniform.
-
-    Mixed with a share `floor` of uniform, so that w <= n / (k * floor): a bare entropy would give a step of entropy
-    1e-8 a weight of 1e8. Returns (B, m) float64, rows summing to 1 (to 0 where n = 0).
-    """
-    acted = (torch.arange(m, device=n.device) < n[:, None]).double()             # (B, m)
-    uniform = acted / n[:, None].clamp(min=1)
-    if importance is None:
+    acted = (per_step(traj, torch.ones_like(traj.entropy)) > 0).double()
+    uniform = acted / acted.sum(dim=1, keepdim=True).clamp(min=1)
+    if follow == "uniform":
         return uniform
-    s = importance.double().sum(dim=-1).clamp(min=0) * acted                     # (B, m)
-    total = s.sum(dim=1, keepdim=True)
-    mixed = (1 - floor) * s / total.clamp(min=1e-300) + floor * uniform
-    return torch.where(total > 0, mixed, uniform)
-
-
-def timestep_points(B, k, points="low-discrepancy", rand=uniforms):
-    """k numbers in [0, 1) per row, each uniform by itself. Returns (B, k) float64.
-
-    low-discrepancy  one random offset per row, k evenly spaced points (systematic sampling): the least variance here
-    row-strata       one point in each k-th of [0, 1), drawn independently
-    batch-strata     the official code: B * k strata dealt out over the whole batch, so a row's k points may coincide
-                     (after arXiv 2409.02908, app. G.2, where there is one point per row)
-    iid              no spreading
-    """
-    if points == "low-discrepancy":
-        return (torch.arange(k) + rand(B, 1)) / k
-    if points == "row-strata":
-        return (torch.arange(k) + rand(B, k)) / k
-    if points == "batch-strata":
-        deal = rand(B, k).flatten().argsort().double()                           # a random permutation
-        return ((deal + rand(B, k).flatten()) / (B * k)).view(B, k)
-    if points == "iid":
-        return rand(B, k)
-    raise ValueError(f"--points {points} is unknown: choose low-discrepancy, iid, row-strata or batch-strata")
-
-
-def sample_timesteps(p, u):
-    """Timesteps at the points u, through the inverse CDF of p; equal draws of a row merged into one.
-
-    p (B, m) float64, u (B, k). Returns rows (N,), steps (N,), w (N,) float64 with N <= B * k pairs and
-    w = draws / (k p_t): a step drawn twice is one forward pass of twice the weight. Rows with p = 0 yield nothing.
-    """
-    (B, m), k = p.shape, u.shape[1]
-    live = (p.sum(dim=1) > 0).nonzero()[:, 0]
-    t = inverse_cdf(p[live], u.to(p.device)[live])                               # (B', k)
-    pair, draws = (live[:, None] * m + t).unique(return_counts=True)             # sorted: row by row
-    rows, steps = pair // m, pair % m
-    return rows, steps, draws / (k * p[rows, steps])
-
-
-def last_written_step(traj, eos_id):
-    """The last step that revealed a non-EOS token, -1 if none did. Only the official length norm needs it. (B,)"""
-    return traj.step_of.masked_fill((traj.o == eos_id) | (traj.pos.shape[1] == traj.step_of), -1).amax(dim=1)
-
-
-# ====================================================================================================================
-# § Per-step log-probabilities
-# ====================================================================================================================
-
-
-def step_logprobs(policy, traj, rows, steps, *, mask_id, temperature=1.0):
-    """log pi_theta of the tokens drawn at given (row, step) pairs: one forward pass, exact.
-
-    rows, steps (N,). Returns logp (N, S) with gradient and entropy (N, S), both 0 in empty slots, and filled (N, S).
-    Under the distribution the tokens were drawn from: same temperature, same truncated support.
-    """
-    pos, tok = traj.pos[rows, steps], traj.tok[rows, steps]                      # (N, S)
-    x_t = mask_again(traj.o[rows], traj.step_of[rows], steps, mask_id)           # (N, C)
-    logits = denoise(policy, traj.q[rows], traj.q_mask[rows], x_t, pos, mask_id)            # (M, V)
-    filled = pos >= 0
-    if traj.support is None:
-        # in plain torch: (logits / T).log_softmax(-1).gather(1, tok[filled][:, None])
-        lp, H = logprobs_and_entropy(logits, tok[filled], temperature=temperature)          # (M,)
+    if follow == "entropy":
+        weight = per_step(traj, traj.entropy.clamp(min=0))
     else:
-        lp, H = support_logprobs_and_entropy(logits, traj.support[rows, steps][filled], tok[filled], temperature)
-    logp, entropy = lp.new_zeros(pos.shape), H.new_zeros(pos.shape)
-    logp[filled], entropy[filled] = lp, H.detach()
-    return logp, entropy, filled
+        weight = per_step(traj, (1 - traj.logp_old.exp()).square()).sqrt()
+    total = weight.sum(dim=1, keepdim=True)
+    # A total so small that its quotients lose digits says nothing: then every step alike.
+    something = total > 1e-100
+    mixed = (1 - floor) * weight / total.where(something, 1.0) + floor * uniform
+    return torch.where(something, mixed, uniform)
 
 
-# ====================================================================================================================
-# § Clipped loss
-# ====================================================================================================================
+def sample_timesteps(p, k, offset):
+    """k steps per row of p (B, m), at evenly spaced points of its CDF; offset (B, 1) in [0, 1).
+
+    Returns rows (N,), steps (N,), w (N,) with N <= B k. Each draw weighs 1 / (k p_t), at most
+    n / (k floor) for a row of n steps; a step drawn twice is one pair of twice the weight, and that
+    may exceed the bound. A row of zeros yields nothing.
+    """
+    u = (torch.arange(k) + offset.cpu()) / k                                # (B, k)
+    t = inverse_cdf(p, u.to(p.device)).clamp(max=p.shape[1] - 1)
+    draws = torch.zeros_like(p).scatter_add(1, t, torch.ones_like(u).to(p))
+    rows, steps = (draws * (p > 0)).nonzero().unbind(dim=1)
+    return rows, steps, draws[rows, steps] / (k * p[rows, steps])
 
 
-def k3(logp, logp_ref):
-    """Estimate of KL(pi || ref) from a token of pi, never negative: e^d - d - 1, d = logp_ref - logp (Schulman)."""
+# ==============================================================================================
+# § 5 Loss
+# ==============================================================================================
+
+def step_logprobs(policy, traj, rows, steps):
+    """log pi_theta of the tokens that pairs (row, step) revealed, one forward pass; and log pi_old.
+
+    rows, steps (N,), the steps all of one block. Returns (N, W) with gradient, (N, W).
+    """
+    # x_t again: the tokens revealed before step t, [MASK] elsewhere. And where step t acted.
+    step_of = traj.step_of[rows]                                            # (N, C)
+    x_t = torch.where(step_of < steps[:, None], traj.o[rows], policy.mask_id)
+    where = (step_of == steps[:, None]).nonzero()[:, 1].view(len(rows), -1)
+    block = enter_block(traj.q, traj.how, int(steps[0]))
+    logits = denoise(policy, traj.q[rows], traj.q_mask[rows], x_t, where, block)
+    # Under the very distribution they were drawn from: its temperature, its truncated support.
+    at = (rows[:, None], where)                                             # (N, W)
+    among = None if traj.support is None else traj.support[at]
+    logp, _ = score(logits, traj.o[at], traj.how, among)
+    return logp, traj.logp_old[at].to(logp)
+
+
+def clipped_objective(logp, logp_old, A, eps=0.2):
+    """J = min(rho A, clip(rho, 1 - eps, 1 + eps) A),  rho = pi / pi_old, to be maximised.
+
+    logp, logp_old (N, W) per token, or (N, 1) summed over the step's tokens: the product of their
+    ratios is the ratio of the MDP's action. A (N, 1). Returns J and rho, which has no gradient.
+    """
+    log_ratio = logp - logp_old
+    ratio = log_ratio.detach().exp()
+    # Where the clip holds, J is a constant. Taking log_ratio out there keeps an overflowed ratio
+    # from sending 0 * inf back.
+    clipped = ((A > 0) & (ratio > 1 + eps)) | ((A < 0) & (ratio < 1 - eps))
+    free = log_ratio.masked_fill(clipped, 0.0).exp() * A
+    bound = (1 + eps * A.sign()) * A
+    return torch.where(clipped, bound, free), ratio
+
+
+def kl_to_reference(logp, logp_old, logp_ref):
+    """rho k3 per token: an estimate of KL(pi || ref), and its gradient that of the KL.
+
+    k3 = e^d - d - 1 >= 0, d = logp_ref - logp (Schulman). Without rho in front its gradient would
+    be that of KL(ref || pi) (arXiv 2512.02556).
+    """
     d = logp_ref - logp
-    return d.exp() - d - 1
+    return (logp - logp_old).exp() * (d.exp() - d - 1)
 
 
-def clipped_loss(logp, logp_old, adv, w, filled, eps=0.2, beta=0.0, logp_ref=None, per_step=False):
-    """-J,  J = sum_pairs w * sum_tokens [ min(rho A, clip(rho, 1-eps, 1+eps) A) - beta rho k3 ],  rho = pi / pi_old.
+# ==============================================================================================
+# § 6 Update
+# ==============================================================================================
 
-    logp, logp_old, logp_ref (N, S); filled (N, S) bool, False slots count nothing; adv, w (N,).
-    per_step: one rho per step, the product over its tokens, in place of one per token (PPO on the MDP's own action).
-    Returns loss (scalar, a SUM: divide by the number of rows), ratio (N, S) or (N, 1) detached, kl (N, S) detached.
-    At rho = 1 the gradient of J is w A grad log pi, either way. The rho before k3 makes its gradient that of
-    KL(pi || ref); k3 alone has the gradient of KL(ref || pi) (arXiv 2512.02556; the official code does the same).
+class Seen(NamedTuple):
+    """What a pass over the pairs looked like, for the log: a row per pair."""
+    ratio: torch.Tensor                # (N, W), or (N, 1) per step
+    A: torch.Tensor                    # (N, 1)
+    kl: torch.Tensor                   # (N, W)
+    forwards: int                      # micro-batches
+
+
+def add_gradient(policy, traj, A, pairs, eps=0.2, micro_batch=32, ratio_per="token", beta=0.0):
+    """Add the gradient of -J to .grad of the policy's parameters. Returns Seen.
+
+        J = 1/B sum_rows 1/m sum_j w_j sum_tokens [min(rho A, clip(rho) A) - beta rho k3]
+
+    A (B,); pairs: rows, steps, w, each (N,). One backward per micro-batch, so that one graph is
+    alive at a time; gradients add up to that of the whole. With beta, policy.reference() is a
+    context in which the policy is the reference.
     """
-    log_ratio = (logp - logp_old) * filled                                       # (N, S), 0 in empty slots
-    if per_step:
-        log_ratio = log_ratio.sum(dim=1, keepdim=True)                           # (N, 1)
-    ratio = log_ratio.exp()
-    A = adv[:, None]
-    J = torch.minimum(ratio * A, ratio.clamp(1 - eps, 1 + eps) * A)
-    J = (J if per_step else J * filled).sum(dim=1)                               # (N,)
-    kl = torch.zeros_like(logp)
-    if logp_ref is not None:
-        kl = k3(logp, logp_ref) * filled
-        J = J - beta * ((logp - logp_old).exp() * kl).sum(dim=1)
-    return -(w * J).sum(), ratio.detach(), kl.detach()
-
-
-# ====================================================================================================================
-# § Update
-# ====================================================================================================================
-
-
-def accumulate_gradient(policy, traj, adv, *, k, rows_total, mask_id, eos_id, temperature=1.0, timesteps="surprise",
-                        points="low-discrepancy", eps=0.2, beta=0.0, per_step=False, length_norm="constant",
-                        micro_batch=32, rand=uniforms, reference=None):
-    """Add the gradient of -J of one batch of trajectories to .grad of the policy's parameters.
-
-    J = 1/B sum_rows 1/m sum_j w_j (...): `rows_total` is B over all batches and processes, so that dead rows, dropped
-    here when beta = 0, still count in the mean. A backward per micro-batch keeps one graph alive at a time.
-    k = 0 takes every step once, no sampling. reference: context manager under which `policy` is the reference.
-    Returns a list of (ratio, kl, filled, A) per micro-batch, for the log; its length counts forwards.
-    """
-    m, n, norm = traj.pos.shape[1], traj.n, torch.full_like(traj.n, traj.pos.shape[1])
-    if length_norm == "official":                    # mean over steps up to the last non-EOS token; later ones dropped
-        n = norm = last_written_step(traj, eos_id) + 1
-    if beta == 0:
-        n = n * (adv != 0)                           # A = 0: the gradient is exactly zero, spend no forward on it
-    if k == 0:
-        rows, steps = (torch.arange(m, device=n.device) < n[:, None]).nonzero().unbind(dim=1)
-        w = torch.ones(len(rows), dtype=torch.float64, device=n.device)
-    else:
-        p = timestep_probs(n, m, step_importance(traj, timesteps))
-        rows, steps, w = sample_timesteps(p, timestep_points(len(n), k, points, rand))
-    w = w / (norm[rows] * rows_total)
-    seen = []
-    for i in range(0, len(rows), micro_batch):
-        r, t = rows[i:i + micro_batch], steps[i:i + micro_batch]
-        logp, _, filled = step_logprobs(policy, traj, r, t, mask_id=mask_id, temperature=temperature)
-        logp_ref = None
+    B, m = len(A), traj.how.m
+    seen = [Seen(torch.zeros(0), torch.zeros(0), torch.zeros(0), 0)]        # no pairs: nothing seen
+    # One forward never mixes blocks: a policy may see each differently.
+    block = traj.how.block_start(pairs[1])
+    parts = [part for b in block.unique() for part in (block == b).nonzero()[:, 0].split(micro_batch)]
+    for part in parts:
+        rows, steps, w = (x[part] for x in pairs)
+        logp, logp_old = step_logprobs(policy, traj, rows, steps)           # (N, W)
+        A_pair = A[rows, None].to(logp)
+        if ratio_per == "step":
+            action, action_old = logp.sum(1, keepdim=True), logp_old.sum(1, keepdim=True)
+            J, ratio = clipped_objective(action, action_old, A_pair, eps)
+        else:
+            J, ratio = clipped_objective(logp, logp_old, A_pair, eps)
+        J, kl = J.sum(dim=1), torch.zeros_like(logp)
         if beta > 0:
-            with torch.no_grad(), reference():
-                logp_ref, _, _ = step_logprobs(policy, traj, r, t, mask_id=mask_id, temperature=temperature)
-        loss, ratio, kl = clipped_loss(logp, traj.logp_old[r, t], adv[r].to(logp), w[i:i + micro_batch].to(logp),
-                                       filled, eps, beta, logp_ref, per_step)
-        loss.backward()                              # gradient accumulation: the sum over micro-batches is the whole
-        seen.append((ratio, kl, filled, adv[r].to(logp)))
-    return seen
+            with torch.no_grad(), policy.reference():
+                logp_ref, _ = step_logprobs(policy, traj, rows, steps)
+            kl = kl_to_reference(logp, logp_old, logp_ref)
+            J = J - beta * kl.sum(dim=1)
+        loss = -(w.to(logp) * J).sum() / (B * m)
+        loss.backward()
+        seen.append(Seen(ratio, A_pair, kl.detach(), 1))
+    return merge(seen)
 
 
-def optimizer_step(params, optimizer, max_grad_norm, all_reduce=None):
-    """The one optimizer step of a pass. Sums gradients over processes, clips, steps; returns the gradient norm.
+def merge(seen):
+    """The Seen of several passes or micro-batches as one."""
+    ratio, A, kl, forwards = zip(*seen)
+    return Seen(torch.cat(ratio), torch.cat(A), torch.cat(kl), sum(forwards))
 
-    A gradient that is not finite, or zero (dead groups only: no news), moves nothing, not even by Adam's momentum.
-    `all_reduce(tensor)` sums in place over processes, or None.
-    """
-    if all_reduce is not None:                       # every process joins, also one with dead groups only
-        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in params])
-        all_reduce(flat)
+
+def optimizer_step(params, optimizer, max_grad_norm):
+    """Average gradients over processes, clip, step. Returns the gradient norm before clipping."""
+    for p in params:                                            # a process of dead groups has none
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    if dist.is_initialized():
+        flat = torch.cat([p.grad.flatten() for p in params])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
         for p, g in zip(params, flat.split([p.numel() for p in params])):
             p.grad = g.view_as(p)
     norm = torch.nn.utils.clip_grad_norm_(params, max_grad_norm).item()
-    if 0 < norm < math.inf:
+    if 0 < norm < math.inf:            # no news, or broken: move nothing, not even by momentum
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return norm
 
 
-# ====================================================================================================================
-# § Evaluation
-# ====================================================================================================================
+# ==============================================================================================
+# § 7 A transformers model as the policy
+# ==============================================================================================
+
+class UserError(Exception):
+    """Bad input: one sentence that names the flag or file and what to do."""
 
 
-@torch.no_grad()
-def evaluate(policy, data, cfg, m, greedy, share=(0, 1), skip=(), write=lambda records: None):
-    """Grade one completion per held-out problem. Returns one record (dict) per problem of this process's share.
-
-    greedy: temperature 0 and low-confidence unmasking, LLaDA's evaluation; else exactly as the rollouts sample.
-    skip: problems that are graded already; write(records): called with each batch's.
-    """
-    how = dict(C=cfg.eval_C, block_length=cfg.eval_block, temperature=0.0, unmasking="low_confidence",
-               score_discarded=False) if greedy else \
-        dict(C=cfg.C, block_length=cfg.block_length, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p,
-             unmasking=cfg.unmasking)
-    records, todo = [], [i for i in range(min(cfg.eval_n, len(data))) if i not in skip][share[0]::share[1]]
-    for batch in policy.batches([policy.encode(cfg.task, data[i]) for i in todo], cfg.eval_batch):
-        rand = row_random([(cfg.seed, "evaluation", m, todo[i]) for i in batch.index])
-        traj = rollout(policy, batch.q, batch.q_mask, m=m, mask_id=policy.mask_id, eos_id=policy.eos_id, rand=rand,
-                       **how)
-        texts = policy.decode(traj.o)
-        grades = tasks.grade_batch(cfg.task, texts, [data[todo[i]] for i in batch.index])
-        graded = [dict(index=todo[i], m=m, greedy=greedy, text=text, correct=g.correct, reward=g.reward,
-                       reason=g.reason, parsed=g.parsed, **g.metrics) for i, text, g in zip(batch.index, texts, grades)]
-        write(graded)
-        records += graded
-    return records
-
-
-# ====================================================================================================================
-# § Plumbing
-# ====================================================================================================================
-
-
-def row_random(keys):
-    """A `rand` for the functions above that draws each row from a generator of its own, seeded by that row's key.
-
-    A row's randomness then depends on (seed, update, prompt, copy) alone: not on the batch it sits in, the number of
-    processes, or what ran before. That is also why a resumed run needs no saved random states.
-    """
-    def seeded(key):
-        return torch.Generator().manual_seed(int.from_bytes(blake2b(repr(key).encode(), digest_size=7).digest(), "big"))
-    generators = [seeded(key) for key in keys]
-    return lambda B, *shape: torch.stack([torch.rand(*shape, generator=g, dtype=torch.float64) for g in generators])
-
-
-class Batch(NamedTuple):
-    index: list                        # which of the examples
-    q: torch.Tensor                    # (B, P)
-    q_mask: torch.Tensor               # (B, P)
+HALF = (torch.bfloat16, torch.float16)
 
 
 class Policy:
-    """A masked diffusion LM as the callable that `denoise` wants: logits, in float32, on chosen rows only.
+    """The callable that `denoise` wants: float32 logits, the LM head on the asked positions only.
 
-    The rows are chosen in front of the LM head by a hook that replaces the head's input: works for every model that
-    names its head (`get_output_embeddings`), changes no digit, and LoRA or a bias on the head keeps working.
+    Logits of every position would be 1.2 GB at B = 8, L = 584, V = 126464. So a hook in front of
+    the head hands it the asked positions of its input and nothing else.
     """
+    block_causal = False               # does a token see its own block and those before it only?
+    note = ""                          # printed where --policy names this class
 
-    def __init__(self, model, tokenizer, device="cpu"):
+    def __init__(self, model, tokenizer, mask_id, device="cpu"):
         self.model, self.tokenizer, self.device = model, tokenizer, torch.device(device)
-        self.name = model.config._name_or_path
-        self.mask_id, self.eos_id, self.pad_id = models.special_ids(model, tokenizer)
-        # Dream predicts position i at i - 1, as the autoregressive model it grew from did.
-        self.shift = 1 if str(model.config.model_type).lower() == "dream" else 0
-        self.mask_kind, self.ignores_mask = "2d", False
         self.dtype = next(model.parameters()).dtype
-        self.where = self.hook = None
-        self.hook_head()
+        self.mask_id, self.eos_id = mask_id, tokenizer.eos_token_id
+        self.pad_id = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.fill_ids = {self.eos_id, self.pad_id}              # both fill the text after an answer
+        # Dream predicts position i at i - 1 and takes its attention mask in four dimensions.
+        self.is_dream = "dream" in model.config.model_type.lower()
+        self.shift = int(self.is_dream)
+        self.ignores_mask = False                               # found out by look_at
+        head = model.get_output_embeddings()
+        tokens = set(tokenizer.get_vocab().values())
+        self.never_ids = set(range(len(head.weight))) - tokens | {mask_id}
+        # bf16 logits would move a ratio by up to 1.19, and the clip is 0.2 wide. So the head works
+        # in float32, under autocast too. One that is tied to the embedding gets its own copy.
+        for name, p in list(head.named_parameters(recurse=False)):
+            if p.dtype in HALF:
+                setattr(head, name, torch.nn.Parameter(p.detach().float(), requires_grad=False))
+        head.forward = torch.autocast(self.device.type, enabled=False)(head.forward)
+        head.register_forward_pre_hook(self._asked_positions_only)
 
-    def hook_head(self):
-        """Again after something was put around the head."""
-        if self.hook is not None:
-            self.hook.remove()
-        self.hook = models.head_in_float32(self.model).register_forward_pre_hook(self._select)
+    def _asked_positions_only(self, head, args):
+        hidden = args[0]                                                    # (N, L, d)
+        row = torch.arange(len(hidden), device=hidden.device)[:, None]
+        return hidden[row, self.positions].to(head.weight.dtype)            # (N, W, d)
 
-    def _select(self, head, args):
-        x = args[0].flatten(0, 1)
-        if self.where is not None:
-            x = x[self.where]
-        return (x.to(head.weight.dtype), *args[1:])
+    def __call__(self, ids, mask, positions, block=None):
+        """ids, mask (N, L), positions (N, W) -> logits (N, W, V). This policy sees the whole text."""
+        if not self.ignores_mask:
+            return self.logits(ids, mask, positions)
+        # The model would read padding as text: it gets rows of one length at a time, cut to it.
+        padding, parts, order = (mask == 0).sum(dim=1), [], []
+        for n in padding.unique().tolist():
+            rows = (padding == n).nonzero()[:, 0]
+            parts.append(self.logits(ids[rows, n:], mask[rows, n:], positions[rows] - n))
+            order.append(rows)
+        return torch.cat(parts)[torch.cat(order).argsort()]
 
-    def __call__(self, ids, attention_mask, flat):
-        """ids, attention_mask (N, L); flat (M,) positions b * L + l. Returns logits (M, V) float32 (float64 if so)."""
-        kind = {"2d": attention_mask, "4d": attention_mask[:, None, None, :].bool(), "none": None}[self.mask_kind]
-        self.where = flat - self.shift
+    def logits(self, ids, mask, positions):
+        """One forward pass of the model as it is."""
+        self.positions = positions - self.shift
+        mask = mask[:, None, None, :].bool() if self.is_dream else mask
+        with self.autocast():
+            return self.model(input_ids=ids, attention_mask=mask).logits
+
+    def autocast(self):
+        """Where the base has 16 bits, its float32 adapters compute in 16 bits too."""
+        half = self.dtype in HALF
+        return torch.autocast(self.device.type, self.dtype if half else None, enabled=half)
+
+    def reference(self):
+        """A context in which this is the base model."""
+        return self.model.disable_adapter()
+
+    def encode(self, chats):
+        """Lists of chat messages -> q, q_mask (B, P), left-padded."""
+        texts = [self.render(chat) for chat in chats]
+        prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        # A word that the tokenizer lacks would make another problem of it than the one graded.
+        unknown = self.tokenizer.unk_token_id
+        bad = [t for t, ids in zip(texts, prompts) if unknown in ids and unknown not in self.fill_ids]
+        if bad:
+            raise UserError(f"--model has no token for a part of this prompt, {bad[0][-60:]!r}: "
+                            "choose problems that its vocabulary can write, or another model")
+        P = max(map(len, prompts))
+        q = torch.tensor([[self.pad_id] * (P - len(ids)) + ids for ids in prompts])
+        q_mask = torch.tensor([[0] * (P - len(ids)) + [1] * len(ids) for ids in prompts])
+        return q.to(self.device), q_mask.to(self.device)
+
+    def render(self, chat):
+        """Chat messages as text. (`tokenize=True` differs between versions of transformers.)"""
+        if not self.tokenizer.chat_template:
+            return "\n\n".join(turn["content"] for turn in chat) + "\n\n"
+        options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
         try:
-            logits = self.model(input_ids=ids, attention_mask=kind).logits
-        finally:
-            self.where = None
-        return logits if logits.dtype == torch.float64 else logits.float()
+            return self.tokenizer.apply_chat_template(chat, **options)
+        except Exception:              # a template without a system role: before the question, then
+            if chat[0]["role"] != "system" or len(chat) < 2:
+                raise
+            both = chat[0]["content"] + "\n\n" + chat[1]["content"]
+            return self.render([dict(chat[1], content=both), *chat[2:]])
 
     def decode(self, o):
-        return self.tokenizer.batch_decode(o.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.tokenizer.batch_decode(o, skip_special_tokens=True,
+                                           clean_up_tokenization_spaces=False)
 
-    def encode(self, task, example):
-        """Prompt ids of one problem: chat template as text, then tokens (`tokenize=True` differs between versions)."""
-        messages = tasks.TASKS[task].prompt(example)
-        if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+def load_policy(cfg):
+    """The model of --model as a Policy, with LoRA; its `notes` say what was found of it.
+
+    Raises UserError.
+    """
+    name, kind = f"--model {cfg.model}", Policy
+    model, tokenizer = load_model(cfg)
+    mask_id = find_mask_id(model, tokenizer) if cfg.mask_id < 0 else cfg.mask_id
+    V, eos_id = model.get_input_embeddings().weight.shape[0], tokenizer.eos_token_id
+    if mask_id is None or eos_id is None or max(mask_id, eos_id) >= V:
+        raise UserError(f"{name}: [MASK] is {mask_id} and EOS {eos_id} of {V} ids; a masked diffusion "
+                        "model has both: give --mask_id N if it does not say which")
+    if cfg.policy:
+        kind = import_file(cfg.policy, "--policy")
+    types = " ".join([model.config.model_type, *(model.config.architectures or ())]).lower()
+    if re.search(BLOCK_DIFFUSION, types) and not kind.block_causal:
+        raise UserError(f"{name} is a block-diffusion model, whose log pi is wrong under full attention: "
+                        "add --policy lab/policies.py:FrozenBlockCausal and its --block_length")
+    policy = kind(model, tokenizer, mask_id, cfg.device)
+    policy.shift = policy.shift if cfg.shift < 0 else cfg.shift
+    policy.notes = [look_at(policy, name), add_adapters(policy, cfg)]
+    policy.notes += [f"--policy {cfg.policy}: {kind.note}"] if cfg.policy else []
+    return policy
+
+
+# Naming one of these runs the Python code that comes with it, of the commit given here.
+KNOWN = {
+    "GSAI-ML/LLaDA-8B-Instruct": "08b83a6feb34df1a6011b80c3c00c7563e963b07",
+    "GSAI-ML/LLaDA-8B-Base": "0f2787f2d87eac5eed8a087d5ecd24277e6255b2",
+    "Dream-org/Dream-v0-Instruct-7B": "05334cb9faaf763692dcf9d8737c642be2b2a6ae",
+}
+BLOCK_DIFFUSION = "bd3lm|llada2|sdar|trado|fast_dllm"
+
+
+def load_model(cfg):
+    """(model, tokenizer), every weight read from the files, in train mode without dropout."""
+    import huggingface_hub
+    import transformers
+    from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
+
+    transformers.logging.set_verbosity_error()
+    name, folder = f"--model {cfg.model}", local_folder(cfg.model)
+    source, where = str(folder or cfg.model), {}
+    if folder is None:                 # where the hub is out of reach: the cache, or an error at once
+        where = dict(revision=cfg.revision or KNOWN.get(cfg.model),
+                     local_files_only=not tasks.hub_answers(huggingface_hub))
+    remote = cfg.trust_remote_code or folder is None and cfg.model in KNOWN
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=remote, **where)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=remote, **where)
+        own = own_class(config, source, where) if remote else None
+        options = dict(dtype=getattr(torch, cfg.dtype), output_loading_info=True, **where)
+        if own:                        # through the base class: Dream's method loses the report
+            load = PreTrainedModel.from_pretrained.__func__
+            model, report = load(own, source, config=config, **options)
         else:
-            text = "\n\n".join(message["content"] for message in messages) + "\n\n"
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        models.refuse_unknown(self, text, ids)
-        return ids
-
-    def pad(self, prompts, index=None):
-        """Left-pad lists of ids to one Batch."""
-        P = max(len(ids) for ids in prompts)
-        q = torch.tensor([[self.pad_id] * (P - len(ids)) + ids for ids in prompts], device=self.device)
-        q_mask = torch.tensor([[0] * (P - len(ids)) + [1] * len(ids) for ids in prompts], device=self.device)
-        return Batch(list(range(len(prompts))) if index is None else index, q, q_mask)
-
-    def batches(self, prompts, rows, copies=1):
-        """Yield Batches of at most `rows` rows, `copies` contiguous rows per prompt (list of ids), one prompt never split.
-
-        A model that ignores its attention mask would see the padding as text: it gets prompts of one length at a time.
-        """
-        order = range(len(prompts))
-        if self.ignores_mask:
-            order = sorted(order, key=lambda i: len(prompts[i]))
-        batch = []
-        for i in order:
-            full = (len(batch) + 1) * copies > max(rows, copies)
-            if batch and (full or self.ignores_mask and len(prompts[i]) != len(prompts[batch[0]])):
-                yield self._copies(prompts, batch, copies)
-                batch = []
-            batch.append(i)
-        if batch:
-            yield self._copies(prompts, batch, copies)
-
-    def _copies(self, prompts, batch, copies):
-        index = [i for i in batch for _ in range(copies)]
-        return self.pad([prompts[i] for i in index], index)
+            model, report = AutoModelForMaskedLM.from_pretrained(source, **options)
+        model.to(cfg.device)
+    except Exception as e:             # a model's own code, and damaged files, may raise anything
+        text, hint = str(e), "" if folder else "; check name and network, or give a local folder"
+        if "trust_remote_code" in text:
+            text = "it brings its own Python code: read it, then add --trust_remote_code"
+        elif "Unrecognized configuration class" in text:
+            text = "it is no masked language model that transformers knows, as LLaDA or ModernBERT are"
+        raise UserError(f"{name} could not be loaded: {first_line(text)}{hint}") from e
+    lost = sorted(set(report["missing_keys"]) & dict(model.named_parameters()).keys())
+    if lost or model.get_output_embeddings() is None:           # transformers would make them up
+        raise UserError(f"{name}: its files lack {', '.join(lost[:3]) or 'an LM head'}: they are "
+                        "incomplete, or not of a masked language model")
+    if torch.cuda.is_available():
+        torch.backends.cuda.enable_mem_efficient_sdp(True)      # LLaDA's code turns it off globally
+        # TF32 leaves every 16-bit number as it is, and the float32 head has such inputs.
+        torch.backends.cuda.matmul.allow_tf32 = cfg.dtype != "float32"
+    model.config.use_cache = False
+    # Some code has gradients, or recomputes activations, in train mode only. But no dropout:
+    # rollout and loss must be one function.
+    for module in model.modules():
+        for thing in (module, getattr(module, "config", None)):
+            for key, value in list(getattr(thing, "__dict__", {}).items()):
+                rate = "dropout" in key or key == "p" and isinstance(thing, torch.nn.Dropout)
+                if rate and isinstance(value, float):
+                    setattr(thing, key, 0.0)
+    return model.train(), tokenizer
 
 
-# ====================================================================================================================
-# § Train and CLI
-# ====================================================================================================================
+def local_folder(model):
+    """The folder that --model names, or None for a hub id. A folder without a model is refused."""
+    folder = Path(model).expanduser()
+    if model == "lab/tiny" and not folder.exists():
+        folder = Path(__file__).resolve().parent / folder       # called from elsewhere
+    if not folder.exists() and model.count("/") == 1 and model[0] not in "./~":
+        return None
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--model {model}: no config.json there; give a folder saved by "
+                        "save_pretrained, or a hub id")
+    return folder
+
+
+def own_class(config, source, where):
+    """The class that comes with a checkpoint: the one that `architectures` names, for auto_map may
+    name one without a head. None if it brings none."""
+    import transformers
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    auto_map = getattr(config, "auto_map", None) or {}
+    kinds = ("AutoModelForMaskedLM", "AutoModel", "AutoModelForCausalLM")
+    found = [auto_map[kind] for kind in kinds if kind in auto_map]
+    if not found:
+        return None
+    if int(transformers.__version__.split(".")[0]) >= 5:        # would leave some weights random
+        raise ImportError("its code is written for transformers 4: pip install 'transformers<5'")
+    module = found[0].rpartition(".")[0]
+    for name in [f"{module}.{kind}" for kind in config.architectures or ()] + found:
+        with contextlib.suppress(AttributeError):
+            return get_class_from_dynamic_module(name, source, **where)
+
+
+def find_mask_id(model, tokenizer):
+    """From the config or the tokenizer, never a constant: members of one family differ."""
+    added = {text.strip("<|[]>").lower(): i for text, i in tokenizer.get_added_vocab().items()}
+    found = (getattr(model.config, "mask_token_id", None), tokenizer.mask_token_id,
+             added.get("mask"), added.get("mdm_mask"))
+    return next((i for i in found if i is not None), None)
+
+
+@torch.no_grad()
+def look_at(policy, name):
+    """What the model does with padding and with later tokens, before an hour is spent. A note."""
+    q, _ = policy.encode([[dict(role="user", content="1 2 3")]])
+    text = torch.cat([q[0, -64:], q.new_full((4,), policy.mask_id)])
+    other = text.clone()
+    other[-1] = policy.eos_id
+    P, at = len(text), torch.arange(1, len(text) - 1, device=q.device)[None]
+    # The text padded with itself, backwards; the text; the text with another end.
+    padded, shown = torch.cat([text.flip(0), text])[None], torch.ones(1, 2 * P, device=q.device).long()
+    shown[:, :P] = 0
+    alone = policy.logits(text[None], shown[:, P:], at)
+    beside = policy.logits(padded, shown, at + P)
+    changed = policy.logits(other[None], shown[:, P:], at)
+    if not alone.isfinite().all():
+        raise UserError(f"{name} gives logits that are not finite: its weights are damaged")
+    scale = alone.abs().max()
+    gap, reach = ((x - alone).abs().max() / scale for x in (beside, changed))
+    # The gap of rounding alone, or that of padding in sight: then Policy cuts padding off.
+    policy.ignores_mask = not gap.item() < (0.05 if policy.dtype in HALF else 1e-3)
+    if reach == 0:
+        raise UserError(f"{name} is causal: a later token moves no earlier logit, so it cannot "
+                        "denoise; choose a masked diffusion model")
+    return (f"[MASK] is {policy.mask_id}, EOS {policy.eos_id}, position i is predicted at i - "
+            f"{policy.shift}; padding moves a logit by {gap:.0e} of the largest, a later token by "
+            f"{reach:.0e}" + ("; rows go unpadded, one length at a time" if policy.ignores_mask else ""))
+
+
+def add_adapters(policy, cfg):
+    """LoRA on every linear layer of every block, not on the head, fresh or from --adapter. A note."""
+    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    base, name, layers = policy.model, f"--model {cfg.model}", block_linears(policy.model)
+    if cfg.lora_r == 0:
+        base.requires_grad_(True)
+    elif cfg.adapter:
+        name, folder = f"--adapter {cfg.adapter}", Path(cfg.adapter).expanduser()
+        if not (folder / "adapter_config.json").is_file():
+            raise UserError(f"{name}: no adapter_config.json there; give the adapter/ folder of a run")
+        try:
+            policy.model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+            there = load_peft_weights(str(folder), device="cpu")
+        except Exception as e:                                  # damaged files may raise anything
+            raise UserError(f"{name} does not fit --model {cfg.model}: {first_line(e)}") from e
+        if there.keys() != get_peft_model_state_dict(policy.model).keys():  # peft would drop them
+            raise UserError(f"{name} does not fit --model {cfg.model}: give the one it was trained on")
+        if not all(x.isfinite().all() for x in there.values()):
+            raise UserError(f"{name} has weights that are not finite: its training diverged")
+    else:
+        torch.manual_seed(cfg.seed)
+        lora = LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=layers)
+        policy.model = get_peft_model(base, lora) if layers else base
+        hit = [n for n, module in policy.model.named_modules() if hasattr(module, "lora_A")]
+        if not layers or len(hit) != len(layers):
+            raise UserError(f"{name}: LoRA hit {len(hit)} of the {len(layers)} linear layers in "
+                            "numbered blocks: its names confuse peft; --lora_r 0 trains all weights")
+    for module in policy.model.modules():
+        if policy.dtype in HALF and hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False             # autocast does it, and not to float32
+    if cfg.recompute and hasattr(getattr(base, "model", None), "set_activation_checkpointing"):
+        base.model.set_activation_checkpointing("whole_layer")  # LLaDA's own switch
+    elif cfg.recompute:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    sizes = [(p.numel(), p.requires_grad) for p in policy.model.parameters()]
+    kinds = " ".join(dict.fromkeys(n.rpartition(".")[2] for n in layers))
+    what = f"LoRA on {len(layers)} layers ({kinds})" if cfg.lora_r else "no LoRA"
+    return (f"{what}: {sum(n for n, trained in sizes if trained):,} of {sum(n for n, _ in sizes):,} "
+            "parameters are trained")
+
+
+def block_linears(model):
+    """Names of the linear layers in the blocks: a path with a number in it. The head has none.
+
+    In a mixture of experts, experts and router stay as they are: few tokens reach each.
+    """
+    modules = dict(model.named_modules())
+    mixtures = tuple(name.removesuffix("experts") for name in modules if name.endswith(".experts"))
+    return [name for name, module in modules.items()
+            if isinstance(module, torch.nn.Linear) and any(map(str.isdigit, name.split(".")))
+            and not (mixtures and name.startswith(mixtures))]
+
+
+def first_line(error):
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+# ==============================================================================================
+# § 8 Train
+# ==============================================================================================
+
+def row_random(keys):
+    """`rand` with a generator per row, seeded by the row's key.
+
+    What a row draws depends on its key alone, not on the batch it sits in, on the processes, or on
+    what ran before. So a resumed run needs no random states.
+    """
+    def generator(key):
+        digest = blake2b(repr(key).encode(), digest_size=7).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+    rows = [generator(key) for key in keys]
+    return lambda B, *shape: torch.stack(
+        [torch.rand(*shape, generator=g, dtype=torch.float64) for g in rows])
 
 
 def questions(n, per_update, update, seed):
-    """Indices of one update's prompts: a walk through the n training examples, shuffled anew each epoch."""
-    shuffled = {}
+    """Indices of the examples of one update: a walk through all n, shuffled anew each epoch."""
+    order = {}
     for i in range(update * per_update, (update + 1) * per_update):
         epoch, at = divmod(i, n)
-        if epoch not in shuffled:
-            shuffled[epoch] = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        yield int(shuffled[epoch][at])
+        if epoch not in order:
+            shuffle = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            order[epoch] = torch.randperm(n, generator=shuffle)
+        yield int(order[epoch][at])
 
 
-def collect_rollouts(policy, data, cfg, update, share=(0, 1)):
-    """G rollouts of each of this process's prompts, and their grades.
+def learning_rate(cfg, step):
+    """Linear warm-up over 1 % of the optimizer steps, then cosine to 0."""
+    total = cfg.updates * cfg.mu
+    warm = max(1, round(0.01 * total))
+    cosine = 0.5 * (1 + math.cos(math.pi * max(0, step + 1 - warm) / (total - warm + 1)))
+    return cfg.lr * min((step + 1) / warm, cosine)
 
-    Returns batches, a list of (keys, Trajectory) with one key per row; grades and texts, one per row over all batches;
-    and how many prompts were too long and left out.
+
+def processes():
+    """(index of this process, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(value):
+    """The values of all processes, in their order."""
+    values = [value] * processes()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def write_answers(policy, examples, keys, cfg, how):
+    """Rollouts of the examples, a key for each: G keys for G copies of every example.
+
+    At most rollout_batch rows at a time. Returns the Trajectory, the texts and their grades.
     """
-    mine = list(questions(len(data), cfg.questions, update, cfg.seed))[share[0]::share[1]]
-    prompts = {i: policy.encode(cfg.task, data[i]) for i in mine}
-    kept = [i for i in mine if len(prompts[i]) <= cfg.max_prompt]
-    batches, texts, asked = [], [], []
-    for batch in policy.batches([prompts[i] for i in kept], cfg.rollout_batch, copies=cfg.G):
-        keys = [(cfg.seed, update, kept[j], row % cfg.G) for row, j in enumerate(batch.index)]
-        traj = rollout(policy, batch.q, batch.q_mask, C=cfg.C, m=cfg.m, block_length=cfg.block_length,
-                       mask_id=policy.mask_id, eos_id=policy.eos_id, temperature=cfg.temperature, top_k=cfg.top_k,
-                       top_p=cfg.top_p, unmasking=cfg.unmasking, score_discarded=cfg.score_discarded,
-                       rand=row_random(keys))
-        batches.append((keys, traj))
-        texts += policy.decode(traj.o)
-        asked += [data[kept[j]] for j in batch.index]
-    return batches, tasks.grade_batch(cfg.task, texts, asked), texts, len(mine) - len(kept)
+    copies = len(keys) // len(examples)
+    q, q_mask = policy.encode([tasks.TASKS[cfg.task].prompt(example) for example in examples])
+    q, q_mask = (x.repeat_interleave(copies, dim=0) for x in (q, q_mask))
+    parts = []
+    for i in range(0, len(keys), cfg.rollout_batch):
+        rows = slice(i, i + cfg.rollout_batch)
+        parts.append(rollout(policy, q[rows], q_mask[rows], how, row_random(keys[rows])))
+    *tensors, _ = zip(*parts)
+    traj = Trajectory(*(None if x[0] is None else torch.cat(x) for x in tensors), how)
+    texts = policy.decode(traj.o)
+    asked = [example for example in examples for _ in range(copies)]
+    return traj, texts, tasks.grade_batch(cfg.task, texts, asked)
 
 
-def train(cfg, policy, data, book):
-    """The loop of the docstring's pseudocode. `book` (lab/logbook.py) prints, writes, saves and resumes. -> exit code"""
-    params = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
-    total, warm = cfg.updates * cfg.mu, max(1, round(cfg.warmup * cfg.updates * cfg.mu))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(       # linear warm-up, then cosine to 0
-        (i + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, i + 1 - warm) / (total - warm + 1)))))
-    measure = lambda m, greedy: book.evaluation(
-        evaluate(policy, data["test"], cfg, m, greedy, book.share), m, greedy)
-    for update in book.start(optimizer, schedule, measure):
+def policy_gradient(policy, traj, A, cfg, rand):
+    """AGRPO's estimate, one pass over a batch of rollouts: § 4 to § 6. Returns Seen."""
+    # A = 0 has no gradient but that of the KL: no forward is spent on it.
+    alive = (A != 0) | (cfg.beta > 0)
+    p = timestep_probs(traj, cfg.follow) * alive[:, None]
+    pairs = sample_timesteps(p, cfg.k, rand(len(p), 1))
+    return add_gradient(policy, traj, A, pairs, cfg.eps, cfg.micro_batch, cfg.ratio_per, cfg.beta)
+
+
+def train(policy, data, cfg, params, optimizer, first=0, gradient=policy_gradient):
+    """The loop at the top of this file, from update `first` on.
+
+    Yields what happened in each update; whoever iterates prints, evaluates and saves.
+    """
+    index, size = processes()
+    for update in range(first, cfg.updates):
         start = time.time()
-        batches, grades, texts, dropped = collect_rollouts(policy, data["train"], cfg, update, book.share)
-        rewards = torch.tensor([g.reward for g in grades], dtype=torch.float64, device=policy.device)
-        adv, dead = group_advantages(rewards, cfg.G, cfg.normalise_std)          # (B,)
-        rows_total, rolled, seen, norms = book.total(len(rewards)), time.time(), [], []
-        for p in range(cfg.mu):
-            row = 0
-            for keys, traj in batches:
-                seen += accumulate_gradient(
-                    policy, traj, adv[row:row + len(keys)], k=cfg.k, rows_total=rows_total, mask_id=policy.mask_id,
-                    eos_id=policy.eos_id, temperature=cfg.temperature, timesteps=cfg.timesteps, points=cfg.points,
-                    eps=cfg.eps, beta=cfg.beta, per_step=cfg.ratio == "step", length_norm=cfg.length_norm,
-                    micro_batch=cfg.micro_batch, rand=row_random([(*key, "timesteps", p) for key in keys]),
-                    reference=getattr(policy.model, "disable_adapter", None))
-                row += len(keys)
-            if p == 0:
-                book.check_ratio(seen)
-            lr = schedule.get_last_lr()[0]                                       # logged: the one this step uses
-            norms.append(optimizer_step(params, optimizer, cfg.max_grad_norm, book.all_reduce))
-            schedule.step()
-        book.update_done(update, batches, grades, texts, dead, seen, dropped, lr=lr,
-                         grad_norm=max(norms, key=lambda norm: (not math.isfinite(norm), norm)),
-                         rollout_seconds=rolled - start, loss_seconds=time.time() - rolled)
-    return book.finish()
+        # Each process takes its share of the questions. A key names the place, not the question,
+        # so that one question at two places of an update gets rollouts of its own at each.
+        asked = list(enumerate(questions(len(data), cfg.questions, update, cfg.seed)))[index::size]
+        keys = [(cfg.seed, update, place, copy) for place, _ in asked for copy in range(cfg.G)]
+        examples = [data[i] for _, i in asked]
+        traj, texts, grades = write_answers(policy, examples, keys, cfg, cfg.how)
+        rolled = time.time()
+
+        rewards = torch.tensor([g.reward for g in grades], dtype=torch.float64)
+        A = group_advantages(rewards.to(traj.q.device), cfg.G, cfg.divide_by_std)
+        seen, norms = [], []
+        for n in range(cfg.mu):                                 # passes over the same rollouts
+            rand = row_random([(*key, "timesteps", n) for key in keys])
+            seen.append(gradient(policy, traj, A, cfg, rand))
+            if update == first and n == 0:
+                check_ratio(policy, seen[0].ratio)
+            lr = learning_rate(cfg, update * cfg.mu + n)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            norms.append(optimizer_step(params, optimizer, cfg.max_grad_norm))
+        worst = max(norms, key=lambda norm: (not math.isfinite(norm), norm))
+        yield dict(update=update + 1, **statistics(policy, traj, grades, A, merge(seen), cfg),
+                   lr=lr, grad_norm=worst, rollout_seconds=rolled - start,
+                   loss_seconds=time.time() - rolled, sample=sample(policy, traj, texts, grades))
 
 
-def load_data(cfg, split):
-    options = {name: getattr(cfg, name) for name in ("numbers", "max_number", "max_target", "division", "empties")
-               if getattr(cfg, name) is not None}
-    file = cfg.train_file if split == "train" else cfg.test_file
-    return tasks.load(cfg.task, split, seed=cfg.seed if split == "train" else 0, file=file, **options)
+def check_ratio(policy, ratio):
+    """Before the first optimizer step pi_theta is pi_old: any other ratio is a fault."""
+    off = max(gather((ratio - 1).abs().amax().item() if len(ratio) else 0.0))
+    tolerance = 1e-3 if policy.dtype in (torch.float32, torch.float64) else 0.3
+    if not off < tolerance:
+        raise UserError(f"max|ratio - 1| is {off:.2g} before the first optimizer step: rollout and loss "
+                        f"disagree about the policy (tolerance {tolerance}); look at the model's code")
+    say(f"max|ratio - 1| before the first optimizer step: {off:.1e}")
 
 
-def run(cfg):
-    accelerator = processes.join(cfg)                # one process, or several on gloo or nccl
-    book = logbook.Logbook(cfg, accelerator)
-    with accelerator.local_main_process_first():     # it downloads; the others find everything there
-        data = {split: load_data(cfg, split) for split in (["train", "test"] if cfg.mode == "train" else ["test"])}
-        model, tokenizer = models.load_model(cfg)
-    policy = Policy(model, tokenizer, cfg.device)
-    notes = models.preflight(policy, policy.encode(cfg.task, data["test"][0]))
-    notes += models.load_adapter(policy, cfg) if cfg.mode == "eval" else models.add_adapters(policy, cfg)
-    book.header(policy, data, notes)
-    if cfg.mode == "train":
-        return train(cfg, policy, data, book)
-    return evaluation.run(cfg, policy, data["test"], book, evaluate)
+def statistics(policy, traj, grades, A, seen, cfg):
+    """The numbers of the log: means over the rows, tokens and pairs of all processes."""
+    drawn = traj.step_of < cfg.m
+    late = drawn & (traj.step_of >= cfg.m - max(1, cfg.m // 4))
+    filling = torch.isin(traj.o, torch.tensor(sorted(policy.fill_ids), device=traj.o.device))
+    dead = (A.view(-1, cfg.G) == 0).all(dim=1)
+    ratio, B = seen.ratio, len(A)
+    sums = dict(                                                # sum, and over how many
+        reward=(sum(g.reward for g in grades), B), correct=(sum(g.correct for g in grades), B),
+        format=(sum(g.format for g in grades), B), dead_groups=(dead.sum(), len(dead)),
+        length=((~filling).sum(), B), entropy=(traj.entropy[drawn].sum(), drawn.sum()),
+        late_eos=((filling & late).sum(), late.sum()), kl=(seen.kl.sum(), seen.kl.numel()),
+        clip_low=(((ratio < 1 - cfg.eps) & (seen.A < 0)).sum(), ratio.numel()),
+        clip_high=(((ratio > 1 + cfg.eps) & (seen.A > 0)).sum(), ratio.numel()))
+    extremes = (ratio.min().item(), ratio.max().item()) if len(ratio) else (1.0, 1.0)
+    parts = gather(({name: (float(x), int(n)) for name, (x, n) in sums.items()}, *extremes,
+                    len(ratio), seen.forwards))
+    all_sums, low, high, pairs, forwards = zip(*parts)
+    means = {name: sum(s[name][0] for s in all_sums) / max(1, sum(s[name][1] for s in all_sums))
+             for name in sums}
+    return dict(means, ratio_min=min(low), ratio_max=max(high), pairs=sum(pairs),
+                forwards=sum(forwards))
 
 
-def configure(argv=None):
-    cfg = cli.parse(Config, argv)
-    cli.fill(cfg, PRESETS, {"large": LLADA, "small": TINY})
-    cli.check(cfg, steps_per_block)
+def sample(policy, traj, texts, grades, row=0):
+    """One rollout, half-way and finished, and what the checker made of it."""
+    tokens = policy.tokenizer.batch_decode([[i] for i in traj.o[row].tolist()])
+    half = [token if t < traj.how.m // 2 else "_" for token, t in zip(tokens, traj.step_of[row])]
+    prompt = policy.tokenizer.decode(traj.q[row][traj.q_mask[row] > 0], skip_special_tokens=True)
+    grade = grades[row]
+    return dict(prompt=prompt, half=" ".join(half), text=texts[row], parsed=grade.parsed,
+                reason=grade.reason, reward=grade.reward)
+
+
+@torch.no_grad()
+def grade_held_out(policy, data, cfg, how, n):
+    """Grades of one answer to each of the first n held-out problems; processes share the work."""
+    index, size = processes()
+    mine, grades = list(range(min(n, len(data))))[index::size], []
+    if mine:
+        keys = [(cfg.seed, "evaluation", how.m, i) for i in mine]
+        _, _, grades = write_answers(policy, [data[i] for i in mine], keys, cfg, how)
+    found = {i: grade for part in gather(list(zip(mine, grades))) for i, grade in part}
+    return [found[i] for i in sorted(found)]
+
+
+def evaluate(policy, data, cfg, how, n=500):
+    """Share of the first n held-out problems that are answered right."""
+    grades = grade_held_out(policy, data, cfg, how, n)
+    return sum(g.correct for g in grades) / len(grades)
+
+
+# ==============================================================================================
+# § 9 Run
+# ==============================================================================================
+# What a person types, sees and keeps. Nothing of the method is below this line.
+
+@dataclass
+class Config:
+    # --- what to run
+    task: str = "countdown"            # countdown, sudoku, gsm8k, or FILE.py that registers one
+    preset: str = ""                   # tiny, llada or qwen: a model and its settings [tiny]
+    model: str = ""                    # hub id or folder [the preset's]
+    revision: str = ""                 # commit of a hub id, to pin it
+    trust_remote_code: bool = False    # run the Python code that comes with the model
+    policy: str = ""                   # FILE.py:Class, what the model sees [the whole text]
+    adapter: str = ""                  # folder of LoRA weights to start from
+    mask_id: int = -1                  # id of [MASK], for a model that does not say
+    shift: int = -1                    # 1: position i is predicted at i - 1 [1 for Dream]
+    out: str = ""                      # folder of the run [runs/TASK-SEED]
+    seed: int = 0                      # of LoRA's weights, the questions' order and every draw
+    device: str = ""                   # cpu, cuda, cuda:1 [cuda if there is one]
+    dtype: str = "float32"             # of the base model; adapters and head are float32
+    wandb: str = ""                    # Weights & Biases project to log to, too
+    # --- data
+    train_file: str = ""               # JSONL, CSV, parquet or folder in place of the task's data
+    test_file: str = ""                # the same, held out; its problems are never trained on
+    max_prompt: int = 512              # tokens; longer prompts are left out
+    options: dict = field(default_factory=dict)     # the task's own, each a flag
+    # --- the denoising MDP
+    C: int = 32                        # completion length, tokens
+    m: int = 8                         # denoising steps: C / m tokens a step
+    block_length: int = 0              # blocks are written one after the other [C]
+    unmasking: str = "random"          # random, max_prob or entropy
+    temperature: float = 1.0           # of the rollouts
+    top_k: int = 0                     # likeliest tokens to draw among, 0: all
+    top_p: float = 1.0                 # nucleus within these, 1: all
+    # --- the policy gradient
+    questions: int = 20                # per update, over all processes
+    G: int = 8                         # rollouts per question
+    k: int = 4                         # timesteps per rollout that are scored
+    follow: str = "surprise"           # what p_t follows: surprise, entropy (paper) or uniform
+    mu: int = 1                        # passes, an optimizer step each, over the same rollouts
+    eps: float = 0.2                   # clip width
+    ratio_per: str = "token"           # rho of a token (official code) or of a whole step
+    beta: float = 0.0                  # weight of the KL to the base model
+    divide_by_std: bool = False        # advantages as in GRPO; biased
+    # --- optimisation: AdamW, betas 0.9 and 0.99
+    updates: int = 200                 # 0: only evaluate
+    lr: float = 1e-3                   # peak; 1 % warm-up, then cosine to 0
+    weight_decay: float = 0.01         # official code
+    max_grad_norm: float = 1.0         # official code
+    lora_r: int = 32                   # rank; 0 trains all parameters
+    lora_alpha: int = 64               # its output counts alpha / r times
+    micro_batch: int = 320             # pairs per forward and backward of the loss
+    rollout_batch: int = 512           # rows per forward of a rollout
+    recompute: bool = False            # activations in the backward pass: slower, less memory
+    # --- evaluation
+    eval_n: int = 500                  # held-out problems
+    eval_every: int = 50               # updates
+    eval_C: int = 0                    # completion length [C]
+    eval_block: int = 0                # block length [block_length, or eval_C]
+    eval_sampled: bool = True          # as the rollouts sample too, not only greedy
+    steps: str = ""                    # numbers of steps to evaluate at: 12,6,2 [all that divide]
+    save_every: int = 10               # updates between checkpoints
+
+    @property
+    def how(self):
+        """The rollouts' decoding."""
+        return Decoding(self.C, self.m, self.block_length, self.unmasking, self.temperature,
+                        self.top_k, self.top_p)
+
+    def cells(self):
+        """(greedy, Decoding) of each evaluation: greedy max_prob, which is LLaDA's own low-confidence
+        decoding, and as the rollouts sample."""
+        steps = [int(m) for m in self.steps.split(",")]
+        greedy = [(True, Decoding(self.eval_C, m, self.eval_block, "max_prob", 0.0)) for m in steps]
+        some = {*steps, self.m} & {*step_counts(self.C, self.block_length)}
+        sampled = [(False, replace(self.how, m=m)) for m in sorted(some, reverse=True)]
+        return greedy + sampled * self.eval_sampled
+
+    def headline(self):
+        """The evaluation that a run is known by."""
+        return (False, self.how) if self.eval_sampled else self.cells()[0]
+
+
+# tiny: measured here, see README. llada: the paper's settings, but its learning rate came with 24
+# optimizer steps an update, so ours is to be swept. qwen: a guess for a consumer GPU.
+PRESETS = {
+    "tiny": dict(model="lab/tiny"),
+    "tiny/countdown": dict(C=12, m=2, k=1, max_number=16, division=False, lr=1.5e-3, updates=500),
+    "tiny/sudoku": dict(C=20, m=2, k=1, empties=10, unmasking="max_prob"),
+    "llada": dict(
+        model="GSAI-ML/LLaDA-8B-Instruct", dtype="bfloat16", recompute=True, C=384, m=128,
+        block_length=12, temperature=0.6, top_k=150, top_p=0.99, questions=16, k=24, updates=300,
+        lr=1e-5, lora_r=64, lora_alpha=64, micro_batch=4, rollout_batch=16, eval_C=256,
+        eval_block=32, steps="128", eval_sampled=False),
+    "qwen": dict(
+        model="dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1", dtype="bfloat16", C=256, m=64,
+        block_length=32, temperature=0.8, top_k=150, top_p=0.99, questions=16, k=8, updates=300,
+        lr=5e-5, micro_batch=8, rollout_batch=32, steps="64", eval_sampled=False),
+}
+CHOICES = dict(preset=("tiny", "llada", "qwen"), unmasking=UNMASKING, follow=FOLLOW,
+               ratio_per=("token", "step"), dtype=("float32", "bfloat16", "float16"))
+AT_LEAST = dict(seed=0, questions=1, G=2, k=1, mu=1, beta=0, updates=0, weight_decay=0, lora_r=0,
+                lora_alpha=1, micro_batch=1, rollout_batch=1, eval_n=1, eval_every=1, save_every=1,
+                max_prompt=1, temperature=0)
+
+
+def parse(argv=None):
+    """Flags -> Config: what was typed, over the preset's values, over Config's defaults.
+
+    Every field is a flag, the comment behind it its help; so is every option of the task.
+    """
+    comments = dict(re.findall(r"^    (\w+): .*# (.+)$", inspect.getsource(Config), re.M))
+    flags = Parser(add_help=False, allow_abbrev=False)
+    for f in fields(Config):
+        if f.name != "options":
+            add_flag(flags, f.name, f.default, comments[f.name])
+    task = find_task(vars(flags.parse_known_args(argv)[0]).get("task", Config.task))
+    parser = Parser(parents=[flags], allow_abbrev=False, usage="agrpo.py [--flag VALUE ...]")
+    for name, default in tasks.TASKS[task].options.items():
+        add_flag(parser, name, default, f"an option of {task}")
+    typed = dict(vars(parser.parse_args(argv)), task=task)
+
+    # Naming a preset's model asks for its settings.
+    named = [p for p, values in PRESETS.items() if typed.get("model") == values.get("model", "")]
+    preset = typed.setdefault("preset", named[0] if named else "tiny")
+    if preset == "tiny" and "model" not in typed and f"tiny/{task}" not in PRESETS:
+        raise UserError(f"--task {task} needs a model that reads its problems: add --preset llada, "
+                        "--preset qwen or --model")
+    values = {**PRESETS[preset], **PRESETS.get(f"{preset}/{task}", {}), **typed}
+    options = {name: values.pop(name) for name in tasks.TASKS[task].options if name in values}
+    cfg = Config(**values, options=options)
+    cfg.block_length = cfg.block_length or cfg.C
+    cfg.eval_C = cfg.eval_C or cfg.C
+    cfg.eval_block = cfg.eval_block or (cfg.block_length if cfg.eval_C == cfg.C else cfg.eval_C)
+    cfg.steps = cfg.steps or ",".join(map(str, step_counts(cfg.eval_C, cfg.eval_block)))
+    cfg.device = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cfg.out = str(Path(cfg.out or f"runs/{task}-{cfg.seed}").expanduser())
+    check(cfg, typed)
     return cfg
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (python agrpo.py --help lists the flags)")
+
+
+def boolean(text):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def add_flag(parser, name, default, help):
+    kind = type(default)
+    more = dict(type=boolean, nargs="?", const=True) if kind is bool else dict(type=kind)
+    spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+    parser.add_argument(*spellings, dest=name, default=argparse.SUPPRESS, choices=CHOICES.get(name),
+                        metavar=kind.__name__.upper(), help=f"{help} [{default}]".replace("%", "%%"),
+                        **more)
+
+
+def check(cfg, typed):
+    """Refuse what cannot work, in a sentence that says what would."""
+    gpus, value = torch.cuda.device_count(), asdict(cfg)
+    gpu = re.fullmatch(r"cuda:?(\d*)", cfg.device)
+    rules = [(value == "", f"--{name} is empty: leave it out, or give a value")
+             for name, value in typed.items()]
+    rules += [(not least <= value[name] < math.inf, f"--{name} {value[name]} must be at least {least}")
+              for name, least in AT_LEAST.items()]
+    rules += [(not 0 < value[name] < math.inf, f"--{name} {value[name]} must be above 0")
+              for name in ("lr", "eps", "max_grad_norm")]
+    rules += [
+        (cfg.seed >= 2 ** 32, f"--seed {cfg.seed} is too large: use one below 2 ** 32"),
+        (cfg.device != "cpu" and not (gpu and int(gpu[1] or 0) < gpus),
+         f"--device {cfg.device} is not here (torch sees {gpus} GPUs): choose cpu, cuda or cuda:N"),
+        (not re.fullmatch(r"\d+(,\d+)*", cfg.steps),
+         f"--steps {cfg.steps} must be numbers with commas between, as in 12,6,3"),
+        (cfg.updates > 0 and cfg.temperature == 0,
+         "--temperature 0 is greedy, all rollouts of a group would be equal: train at 1.0 or so"),
+        (cfg.k > cfg.m, f"--k {cfg.k} is more than --m {cfg.m}, the steps of a rollout: use k < m"),
+        (cfg.beta > 0 and not cfg.lora_r, "--beta needs adapters to switch off: --lora_r above 0"),
+        (cfg.adapter and not cfg.lora_r, "--adapter needs adapters: --lora_r above 0"),
+        (not cfg.lora_r and cfg.dtype != "float32",
+         f"--lora_r 0 trains all weights, and small steps vanish in {cfg.dtype}: --dtype float32")]
+    broken = [sentence for is_broken, sentence in rules if is_broken]
+    try:
+        cfg.how, broken or cfg.cells()
+    except ValueError as e:
+        broken.append(str(e))
+    if broken:
+        raise UserError(broken[0])
+
+
+def find_task(name):
+    """The name of a task in tasks.TASKS; FILE.py is imported and names the first it registers."""
+    if name in tasks.TASKS:
+        return name
+    if not name.endswith(".py"):
+        raise UserError(f"--task {name} is unknown: choose from {', '.join(tasks.TASKS)}, or give a "
+                        "FILE.py that registers one")
+    before = dict(tasks.TASKS)
+    import_file(name, "--task")
+    new = [task for task in tasks.TASKS if tasks.TASKS[task] is not before.get(task)]
+    if not new:
+        raise UserError(f"--task {name} registers no task: set tasks.TASKS[NAME] in it")
+    return new[0]
+
+
+def import_file(path, flag):
+    """Import FILE.py, or get Class of FILE.py:Class. It runs: the user named it."""
+    file, _, name = path.partition(":")
+    file = Path(file).expanduser()
+    if file.suffix != ".py" or not file.is_file():
+        raise UserError(f"{flag} {path}: {file} is no Python file")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault("agrpo", sys.modules[__name__])      # its `import agrpo` is this module
+    try:
+        spec.loader.exec_module(module)
+        return getattr(module, name) if name else module
+    except Exception as e:
+        raise UserError(f"{flag} {path} cannot be imported: {type(e).__name__}: {first_line(e)}") from e
+
+
+# --- what is kept -------------------------------------------------------------------------------
+
+def write(path, data):
+    """Bytes to a file that is either the old one or the new one, whenever the process dies."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except OSError as e:
+        partial.unlink(missing_ok=True)                         # a full disk gets its room back
+        raise OSError(e.errno, e.strerror, str(path)) from e
+
+
+def to_json(value, indent=None):
+    """Strict JSON: a number that is not finite becomes null."""
+    def finite(x):
+        if isinstance(x, dict):
+            return {name: finite(v) for name, v in x.items()}
+        return None if isinstance(x, float) and not math.isfinite(x) else x
+    return (json.dumps(finite(value), indent=indent) + "\n").encode()
+
+
+@contextlib.contextmanager
+def folder_of_my_own(out):
+    """Make the folder, and lock it until this process ends, however it ends."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+        handle = os.open(out, os.O_RDONLY)
+    except OSError as e:
+        raise UserError(f"--out {out} cannot be written to ({e.strerror}): choose another") from e
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"--out {out} is in use by another run: wait, or choose another") from None
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            out.rmdir()                                         # gone again if nothing was written
+
+
+def fingerprint(model):
+    """The first numbers of every tensor of the base model, hashed: another model has another."""
+    some = [p.detach().flatten()[:8].double().cpu() for name, p in model.named_parameters()
+            if "lora_" not in name]
+    return blake2b(torch.cat(some).numpy().tobytes(), digest_size=8).hexdigest()
+
+
+def load_checkpoint(path, cfg, trained, optimizer):
+    """Put the last checkpoint back. Returns its state, or None if there is none yet."""
+    if not path.exists():
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():                               # compares the bytes' checksums
+                raise ValueError("its bytes are damaged")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        config, params, state = saved["config"], saved["trained"], saved["state"]
+    except Exception as e:             # whatever the readers of zip and pickle raise
+        raise UserError(f"{path} cannot be read ({first_line(e)}): move it away to start anew") from e
+    free = ("out", "device", "save_every", "wandb", "preset", "revision", "model")
+    for name, value in asdict(cfg).items():
+        if name not in free and config.get(name) != value:
+            raise UserError(f"{path} was made with --{name} {config.get(name)}, not {value}: repeat its "
+                            "flags (config.json beside it has them), or choose another --out")
+    if state["fingerprint"] != cfg.fingerprint or params.keys() != trained.keys():
+        raise UserError(f"{path} is of another model than --model {cfg.model}: choose another --out")
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(params[name])
+    optimizer.load_state_dict(saved["optimizer"])
+    return state
+
+
+def save_weights(policy, folder):
+    """The adapter, as plain peft loads it, or with --lora_r 0 a model that --model can name."""
+    partial = folder.with_name(folder.name + ".partial")
+    try:
+        policy.model.save_pretrained(partial)
+        policy.tokenizer.save_pretrained(partial)
+    except Exception as e:                                      # safetensors has errors of its own
+        raise OSError(getattr(e, "errno", None), first_line(e), str(folder)) from e
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+# --- what is printed ----------------------------------------------------------------------------
+
+def say(text):
+    """Print from the first process, to a terminal that may be gone, in lines of 120 columns."""
+    if processes()[0] == 0:
+        wrap = textwrap.TextWrapper(120, subsequent_indent="      ", drop_whitespace=False,
+                                    break_long_words=False, break_on_hyphens=False)
+        try:
+            for line in text.split("\n"):
+                print(wrap.fill(line), flush=True)
+        except OSError:                                         # nobody reads any more: go on
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def cut(text, width=100):
+    """One safe line of at most `width` columns, the middle left out."""
+    text = tasks.printable(" ".join(text.split()))
+    return text if len(text) <= width else text[:width // 2 - 2] + " .. " + text[-width // 2 + 2:]
+
+
+def wilson(correct, n, z=1.96):
+    """95 % interval of a proportion (Wilson score): sensible at 0 and n too. Returns (low, high)."""
+    p, d = correct / n, 1 + z * z / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
+    middle = (p + z * z / (2 * n)) / d
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def measure(policy, data, cfg, cell):
+    """One row of the table of evaluations: accuracy with its interval, means of other metrics."""
+    greedy, how = cell
+    grades = grade_held_out(policy, data, cfg, how, cfg.eval_n)
+    n, right = len(grades), sum(g.correct for g in grades)
+    more = {name: sum(g.metrics[name] for g in grades) / n for name in grades[0].metrics}
+    low, high = wilson(right, n)
+    return dict(m=how.m, greedy=greedy, n=n, accuracy=right / n, low=low, high=high,
+                reward=sum(g.reward for g in grades) / n, **more)
+
+
+def table_row(*found):
+    """The same evaluation of the base, and of the trained model beside it."""
+    text = f"{found[0]['m']:6d} {'greedy' if found[0]['greedy'] else 'rollout':<8}"
+    for x in found:
+        text += f"   {x['accuracy']:6.1%} [{x['low']:5.1%}, {x['high']:5.1%}]"
+    known = ("m", "greedy", "n", "accuracy", "low", "high", "reward")
+    for name in [name for name in found[0] if name not in known]:
+        text += f"   {name} " + " -> ".join(f"{x[name]:.2f}" for x in found)
+    return text
+
+
+def header(cfg, policy, *sources):
+    """Versions, device, what differs from the defaults, and the counts that follow."""
+    device, plain = torch.device(cfg.device), asdict(Config())
+    where = f"{torch.get_num_threads()} CPU threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    say(f"AGRPO | {', '.join(f'{k} {v}' for k, v in versions().items())} | {where} x "
+        f"{processes()[1]} process(es) | seed {cfg.seed} | {cfg.out}")
+    changed = [f"{name} {value}" for name, value in asdict(cfg).items() if value != plain[name]]
+    say("differs from the defaults: " + ", ".join(changed))
+    say("\n".join(policy.notes))
+    say(f"{cfg.questions} questions x G {cfg.G} = {cfg.questions * cfg.G} rollouts an update, "
+        f"{cfg.how.W} tokens a step; {cfg.m} forwards write a rollout, at most k = {cfg.k} learn "
+        f"from it\ntraining: {sources[0]}; held out: {sources[1]}")
+
+
+COLUMNS = dict(update=9, reward=8, right=7, dead=6, H=6, ratio=12, clip=9, norm=8, len=5, roll=8,
+               loss=8, memory=8, left=8)
+
+
+def console(now, sample, state, cfg, left):
+    """A line per update, or per tenth one in a run of hundreds; now and then a sample."""
+    every = max(1, cfg.updates // 50)
+    if now["update"] % every and state["lines"]:
+        return
+    if state["lines"] % 10 == 0:
+        state["samples"].append(dict(update=now["update"], **sample))
+        say(f"    prompt     {cut(sample['prompt'])}\n    half-way   {cut(sample['half'])}\n"
+            f"    answer     {cut(sample['text'])}\n    checker    read {cut(sample['parsed'], 40)!r}: "
+            f"{cut(sample['reason'], 36)}, reward {sample['reward']:.2f}")
+        say("".join(f"{name:>{width}}" for name, width in COLUMNS.items()))
+    state["lines"] += 1
+    values = (f"{now['update']}/{cfg.updates}", f"{now['reward']:.2f}", f"{now['correct']:.0%}",
+              f"{now['dead_groups']:.0%}", f"{now['entropy']:.2f}",
+              f"{now['ratio_min']:.3g}-{now['ratio_max']:.3g}",
+              f"{now['clip_low']:.0%}/{now['clip_high']:.0%}", f"{now['grad_norm']:.3g}",
+              f"{now['length']:.0f}", f"{now['rollout_seconds']:.2f}s", f"{now['loss_seconds']:.2f}s",
+              f"{now['memory_bytes'] / 2**20:.0f}M", f"{left // 60:.0f}:{left % 60:02.0f}")
+    say("".join(f"{value:>{width}}" for value, width in zip(values, COLUMNS.values())))
+
+
+def warnings(now, past):
+    """(kind, sentence) of the ways in which training fails, with the likely cause."""
+    norm, H, dead, late = (now[x] for x in ("grad_norm", "entropy", "dead_groups", "late_eos"))
+    norms = sorted([x["grad_norm"] for x in past if 0 < x["grad_norm"] < math.inf][-20:])
+    clipped = now["clip_low"] + now["clip_high"]
+    if not math.isfinite(norm):
+        yield "broken", f"update {now['update']} changed nothing, its gradient is not finite"
+    elif len(norms) >= 10 and norm > 10 * norms[len(norms) // 2]:
+        yield "spike", (f"gradient norm {norm:.3g} is over 10 times its median: --k is too small, or "
+                        "the weights are unbounded")
+    if past and H < 0.05 * past[0]["entropy"]:
+        yield "entropy", (f"entropy {H:.3g} fell from {past[0]['entropy']:.3g}: the policy has stopped "
+                          "exploring; lower --lr, or stop here")
+    if late > 0.9:
+        yield "eos", f"{late:.0%} of the last steps' tokens are EOS: shorten --C, or --block_length"
+    if dead > 0.8:
+        yield "dead", (f"{dead:.0%} of the groups are dead (all rewards equal): problems too easy or too "
+                       "hard, or --G too small")
+    if clipped > 0.3:
+        yield "clip", f"{clipped:.0%} of the tokens are clipped: lower --lr or --mu"
+
+
+def draw_curve(path, history, evals, title):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    ax.plot([h["update"] for h in history], [h["correct"] for h in history], lw=0.8, alpha=0.5,
+            label="training rollouts")
+    x, y, low, high = zip(*[[e[k] for k in ("update", "accuracy", "low", "high")] for e in evals])
+    ax.plot(x, y, "o-", label="held-out")
+    ax.fill_between(x, low, high, alpha=0.2)
+    ax.axhline(y[0], ls="--", c="gray", label="base model")
+    ax.set(xlabel="update", ylabel="accuracy", ylim=(0, 1), title=title)
+    ax.legend()
+    blob = io.BytesIO()
+    fig.savefig(blob, dpi=120)
+    plt.close(fig)
+    write(path, blob.getvalue())
+
+
+# --- a run --------------------------------------------------------------------------------------
+
+class Stop:
+    """Ctrl-C, SIGTERM, SIGHUP: the update in hand is finished and saved; the second time, at once."""
+    asked = False
+
+    def __enter__(self):
+        ours = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        heard = [n for n in ours if signal.getsignal(n) != signal.SIG_IGN]  # not under nohup
+        self.before = {n: signal.signal(n, self.received) for n in heard}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def received(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        with contextlib.suppress(OSError):                      # not print: one may be under way
+            os.write(2, b"\nstopping after this update, to save it (again: at once)\n")
+
+
+def join_processes(cfg):
+    """torchrun and accelerate launch set these variables; without them there is one process."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    if cfg.device != "cpu":
+        cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(cfg.device)
+    # One process may learn for long while another, with dead groups only, waits for it.
+    patience = timedelta(hours=2)
+    dist.init_process_group("gloo" if cfg.device == "cpu" else "nccl", timeout=patience)
+    if cfg.questions % processes()[1]:
+        raise UserError(f"--questions {cfg.questions} cannot be shared equally by {processes()[1]} "
+                        "processes: choose a multiple")
+
+
+def must_agree(what):
+    """Refuse processes that differ in flags, base model or checkpoint."""
+    for other in gather(what):
+        for name in what:
+            if other[name] != what[name]:
+                raise UserError(f"two processes have --{name} {other[name]} and {what[name]}: start all "
+                                "with the same flags and files, on a disk that all see")
+
+
+def short_enough(policy, data, cfg, split):
+    """The examples whose prompts have at most --max_prompt tokens. Says how many have more."""
+    generated = data.source.startswith("generated")             # many: the first 100 stand for all
+    some = [data[i] for i in range(min(len(data), 100) if generated else len(data))]
+    _, mask = policy.encode([tasks.TASKS[cfg.task].prompt(example) for example in some])
+    length = mask.sum(dim=1).tolist()
+    kept = [example for example, n in zip(some, length) if n <= cfg.max_prompt]
+    left_out = len(some) - len(kept)
+    if left_out and (generated or not kept):
+        raise UserError(f"--max_prompt {cfg.max_prompt}: {left_out} of {len(some)} {split} prompts have "
+                        f"more tokens, up to {max(length)}: allow more")
+    if left_out:
+        say(f"{left_out} of {len(some)} {split} prompts have over {cfg.max_prompt} tokens: left out")
+    return kept if left_out else data
+
+
+def peak_memory(device):
+    """Bytes at the peak: allocated on the GPU, or resident."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def versions():
+    import peft
+    import transformers
+    return dict(torch=torch.__version__, transformers=transformers.__version__,
+                peft=peft.__version__)
+
+
+def wandb_log(cfg):
+    try:
+        import wandb
+    except ImportError:
+        raise UserError(f"--wandb {cfg.wandb} needs the package: pip install wandb") from None
+    wandb.init(project=cfg.wandb, config=asdict(cfg), dir=cfg.out)
+    return lambda now: wandb.log(now, step=now["update"])
+
+
+def run(cfg):
+    """Train, or go on: a folder with a checkpoint is resumed, to the same numbers. -> exit code"""
+    join_processes(cfg)
+    first_process = processes()[0] == 0
+    with folder_of_my_own(Path(cfg.out)) if first_process else contextlib.nullcontext(), Stop() as stop:
+        test = tasks.load(cfg.task, "test", file=cfg.test_file or None, **cfg.options)
+        data = test if cfg.updates == 0 else tasks.load(
+            cfg.task, "train", seed=cfg.seed, file=cfg.train_file or None, held_out=test, **cfg.options)
+        sources = data.source, test.source
+        policy = load_policy(cfg)
+        cfg.fingerprint = fingerprint(policy.model)
+        must_agree(dict(asdict(cfg), device="", model=cfg.fingerprint))
+        header(cfg, policy, *sources)
+        test = short_enough(policy, test, cfg, "held-out")
+        data = short_enough(policy, data, cfg, "training") if cfg.updates else test
+        code, state = learn(cfg, policy, data, test, stop)
+        return code or finish(cfg, policy, test, state, sources[1])
+
+
+def learn(cfg, policy, data, test, stop):
+    """From the checkpoint, or from the base model and its table, to the last update."""
+    out, first_process, began = Path(cfg.out), processes()[0] == 0, time.time()
+    trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
+    params = list(trained.values())
+    optimizer = torch.optim.AdamW(params, cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+    state = load_checkpoint(out / "checkpoint.pt", cfg, trained, optimizer)
+    must_agree(dict(out=state and state["update"]))
+    before = state["seconds"] if state else 0.0
+
+    def save():
+        if first_process:
+            state["seconds"] = before + time.time() - began
+            state["memory_bytes"] = max(state["memory_bytes"], peak_memory(cfg.device))
+            blob = io.BytesIO()
+            torch.save(dict(state=state, config=asdict(cfg), trained=trained,
+                            optimizer=optimizer.state_dict()), blob)
+            write(out / "checkpoint.pt", blob.getbuffer())
+
+    if state:
+        say(f"going on after update {state['update']} of {cfg.updates}")
+    else:
+        state = dict(update=0, seconds=0.0, memory_bytes=0, fingerprint=cfg.fingerprint, base=[],
+                     evals=[], history=[], samples=[], lines=0, warned={})
+        say(" steps sampling   base [95 % interval]")
+        for cell in cfg.cells():
+            state["base"].append(measure(policy, test, cfg, cell))
+            say(table_row(state["base"][-1]))
+        state["evals"].append(dict(update=0, **headline(state["base"], cfg)))
+        save()
+    if first_process:
+        write(out / "config.json", to_json(dict(asdict(cfg), versions=versions()), indent=2))
+        write(out / "metrics.jsonl", b"".join(map(to_json, state["history"])))
+    log = wandb_log(cfg) if first_process and cfg.wandb else lambda now: None
+
+    first, loop_began = state["update"], time.time()
+    for now in train(policy, data, cfg, params, optimizer, first):
+        sample, update, history = now.pop("sample"), now["update"], state["history"]
+        now["memory_bytes"] = peak_memory(cfg.device)
+        left = (time.time() - loop_began) / (update - first) * (cfg.updates - update)
+        console(now, sample, state, cfg, left)
+        for kind, sentence in warnings(now, history):
+            if update - state["warned"].get(kind, -20) >= 20:
+                state["warned"][kind] = update
+                say(f"    warning: {sentence}")
+        if update % cfg.eval_every == 0 and update < cfg.updates:
+            found = measure(policy, test, cfg, cfg.headline())
+            state["evals"].append(dict(update=update, **found))
+            now["held_out"] = found["accuracy"]
+            say(f"    held-out{table_row(found)}, n = {found['n']}")
+        history.append(now)
+        state["update"] = update
+        diverged = len(history) >= 3 and not any(math.isfinite(x["grad_norm"]) for x in history[-3:])
+        stopping = any(gather(stop.asked))                      # Ctrl-C for one is Ctrl-C for all
+        if first_process:
+            log(now)
+            with open(out / "metrics.jsonl", "ab") as f:
+                f.write(to_json(now))
+        if update % cfg.save_every == 0 or update == cfg.updates or stopping or diverged:
+            save()
+        if diverged:
+            raise UserError("three updates in a row had a gradient that is not finite: start again "
+                            f"with a lower --lr and another --out (the weights before are in {out})")
+        if stopping and update < cfg.updates:
+            say(f"stopped after update {update}, which is saved in {out}; the same command goes on")
+            return 130, state
+    return 0, dict(state, seconds=before + time.time() - began)
+
+
+def headline(rows, cfg):
+    greedy, how = cfg.headline()
+    return next(row for row in rows if (row["greedy"], row["m"]) == (greedy, how.m))
+
+
+def finish(cfg, policy, test, state, source):
+    """The table base beside trained, the weights, the curve and, last, summary.json."""
+    say("\n steps sampling   base [95 % interval]    trained")
+    final, history, out = [], state["history"], Path(cfg.out)
+    for base, cell in zip(state["base"], cfg.cells()):
+        final.append(measure(policy, test, cfg, cell) if cfg.updates else base)
+        say(table_row(base, final[-1]))
+    base, last = headline(state["base"], cfg), headline(final, cfg)
+    evals = state["evals"] + [dict(update=cfg.updates, **last)] * (cfg.updates > 0)
+    best = max(evals, key=lambda e: e["accuracy"])
+    roll, loss = (sum(x[name] for x in history) for name in ("rollout_seconds", "loss_seconds"))
+    memory = max(state["memory_bytes"], peak_memory(cfg.device))
+    weights = out / ("adapter" if cfg.lora_r else "model")
+    if processes()[0] == 0:
+        save_weights(policy, weights)
+        draw_curve(out / "curve.png", history, evals, f"{cfg.task}, m = {cfg.m}, k = {cfg.k}")
+        write(out / "samples.jsonl", b"".join(map(to_json, state["samples"])))
+        write(out / "summary.json", to_json(dict(
+            task=cfg.task, model=cfg.model, seed=cfg.seed, base_accuracy=base["accuracy"],
+            final_accuracy=last["accuracy"], best_accuracy=best["accuracy"],
+            best_update=best["update"], eval_n=last["n"], test_data=source, updates=state["update"],
+            skipped_updates=sum(not math.isfinite(x["grad_norm"]) for x in history),
+            seconds=state["seconds"], rollout_seconds=roll, loss_seconds=loss,
+            peak_memory_bytes=memory, base=state["base"], final=final, evals=evals), indent=2))
+    if history and not any(x["pairs"] for x in history):
+        say("    warning: no rollout was learnt from, every group was dead: easier or harder problems")
+    say(f"best held-out {best['accuracy']:.1%} (update {best['update']}), last {last['accuracy']:.1%}; "
+        f"{state['seconds']:.0f} s: rollouts {roll:.0f}, learning {loss:.0f}; peak "
+        f"{memory / 2**20:.0f} MiB\nwritten to {out}: metrics.jsonl config.json samples.jsonl "
+        f"summary.json curve.png {weights.name}/\nheld-out accuracy {base['accuracy']:.1%} -> "
+        f"{last['accuracy']:.1%} (m = {last['m']}, n = {last['n']})")
+    return 0
+
+
+def in_one_sentence(program):
+    """Run a program. Bad input, a full disk or Ctrl-C end it with a sentence. -> exit code"""
+    goes_on = "the last checkpoint is whole, the same command goes on from it"
+    try:
+        return program()
+    except (UserError, tasks.TaskError) as e:
+        sentence = str(e)
+    except FloatingPointError as e:
+        sentence = f"{e}: its weights have diverged; start again with a lower --lr"
+    except torch.OutOfMemoryError as e:
+        sentence = f"{first_line(e).split('. ')[0]}: lower --micro_batch, --rollout_batch, or --recompute"
+    except BrokenPipeError:
+        return 141
+    except OSError as e:
+        sentence = (f"cannot write {e.filename or 'the output'} ({e.strerror or e}): make room or choose "
+                    f"another --out; {goes_on}")
+    except RuntimeError as e:
+        lost = re.search("closed by peer|reset by peer|timed? ?out|gloo|nccl", str(e), re.I)
+        if not (lost and dist.is_initialized()):
+            raise
+        sentence = f"another process of this run has died, its own message says why; {goes_on}"
+    except KeyboardInterrupt:
+        print(f"agrpo: stopped at once; {goes_on}", file=sys.stderr)
+        return 130
+    print(f"agrpo: {sentence}", file=sys.stderr)
+    return 2
+
+
 def main(argv=None):
-    return cli.in_one_sentence(lambda: run(configure(argv)))
+    code = in_one_sentence(lambda: run(parse(argv)))
+    if dist.is_initialized():
+        if code == 0:
+            dist.barrier()                                      # none leaves while another talks to it
+        dist.destroy_process_group()
+    return code
 
 
 if __name__ == "__main__":

@@ -1,27 +1,29 @@
 #!/usr/bin/env bash
-# From a bare machine to a result. Needs Python 3.10+ and, the first time, a package index (about 2 GB, one minute).
-#   laptop or any 2 cores, no GPU:  bash run.sh countdown    the shipped tiny model, minutes
-#   one GPU of 40 GB or more:       bash run.sh countdown    LLaDA-8B-Instruct, hours; --model lab/tiny for the above
-# Everything goes into .venv and runs/ beside this file. Further flags pass through: bash run.sh countdown --seed 1
+# From a bare machine to a result. Needs Python 3.10+ and, the first time, a package index (2.5 GB).
+#   a laptop or any 2 cores, no GPU:  bash run.sh countdown                   the shipped tiny model, minutes
+#   one GPU of 80 GB:                 bash run.sh countdown --preset llada    LLaDA-8B-Instruct, hours
+# Everything goes into .venv and runs/ beside this file. Further flags pass through: ... --seed 1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 menu() {
     cat <<'MENU'
-bash run.sh COMMAND [flags]           times on 2 CPU cores with the tiny model
+bash run.sh COMMAND [flags]          times on 2 CPU cores with the tiny model
 
-  countdown        train on Countdown: three numbers, one target            3 minutes
-  sudoku           train on 4x4 Sudoku                                      4 minutes
-  gsm8k, math      train on word problems (needs a GPU of 40 GB or --model)
-  eval             evaluate a model or --adapter runs/countdown/adapter     seconds
-  plan             memory, disk and work of a run of LLaDA-8B; no download   seconds
-  watch            one problem, denoised step by step in the terminal       seconds
-  kernels          check the Triton kernel; benchmark it if there is a GPU  seconds
-  lab              experiments: does it work as claimed? (lists them)       minutes each
-  tiny             make the tiny model in lab/tiny again                    45 minutes, one core
-  test             every test                                               5 minutes
+  countdown       train on Countdown: three numbers, one target             2 minutes
+  sudoku          train on 4x4 Sudoku                                       3 minutes
+  gsm8k, math     train on word problems: with --preset llada or qwen, on a GPU
+  FILE.py         train on a task of your own
+  eval            a model, or base beside --adapter, at several --steps     seconds
+  watch           one problem, denoised step by step; --gif draws it        seconds
+  plan            memory, disk and hours of a run; downloads nothing        seconds
+  bench           time one update of each policy; on a GPU the kernel too   minutes
+  lab             experiments: does it work as claimed? (lists them)        minutes each
+  tiny            make the tiny model in lab/tiny again                     45 minutes, one core
+  test            every test                                                3 minutes
 
-  python agrpo.py --help lists all flags (after the first command: .venv/bin/python)
+The same command again goes on where it stopped. After the first one, .venv/bin/python agrpo.py
+--help lists the flags, and torchrun --nproc_per_node 8 agrpo.py ... uses eight GPUs.
 MENU
 }
 
@@ -36,24 +38,19 @@ setup() {  # once, and again only when requirements.txt changes
     fi
 }
 
-launch() {  # PROCESSES=8 bash run.sh ...: that many processes, one for each GPU
-    [ "${PROCESSES:-1}" -eq 1 ] && exec $python agrpo.py "$@"
-    exec $python -m accelerate.commands.launch --multi_gpu --num_processes "$PROCESSES" --num_machines 1 \
-        --mixed_precision no --dynamo_backend no agrpo.py "$@"
-}
-
 command=${1:-menu}
 [ $# -gt 0 ] && shift
 python=.venv/bin/python
 case $command in
     menu|help|-h|--help) menu ;;
-    test)    setup; exec $python -m pytest -q test_agrpo.py lab/tests "$@" ;;
-    eval)    setup; launch --mode eval "$@" ;;
-    plan)    setup; exec $python lab/plan.py "$@" ;;
-    watch)   setup; exec $python lab/watch.py "$@" ;;
-    kernels) setup; exec $python kernels.py "$@" ;;
-    lab)     setup; exec $python lab/experiments.py "$@" ;;
-    tiny)    setup; exec $python lab/make_tiny.py "$@" ;;
-    -*)      echo "run.sh: the first word is a command, not a flag; bash run.sh lists them" >&2; exit 2 ;;
-    *)       setup; launch --task "$command" "$@" ;;
+    test)   setup; exec $python -m pytest -q test_agrpo.py lab/tests "$@" ;;
+    eval)   setup; exec $python lab/evaluate.py "$@" ;;
+    watch)  setup; exec $python lab/watch.py "$@" ;;
+    plan)   setup; exec $python lab/plan.py "$@" ;;
+    bench)  setup; exec $python lab/bench.py "$@" ;;
+    lab)    setup; exec $python lab/experiments.py "$@" ;;
+    tiny)   setup; exec $python lab/make_tiny.py "$@" ;;
+    math)   setup; exec $python agrpo.py --task lab/math_task.py "$@" ;;
+    -*)     echo "run.sh: the first word is a command, not a flag; bash run.sh lists them" >&2; exit 2 ;;
+    *)      setup; exec $python agrpo.py --task "$command" "$@" ;;
 esac

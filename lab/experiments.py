@@ -1,574 +1,805 @@
-"""Does it work as claimed? One command per question, on the tiny model; each prints its table and draws its figure.
+"""Does it work as claimed? One command per question, on the tiny model; each prints its table.
 
-    bash run.sh lab variance      how noisy is the gradient, for every timestep sampler and k? Is it unbiased?
-    bash run.sh lab compare       AGRPO against a one-step and an ELBO likelihood: angle to the gradient, learning
-    bash run.sh lab k             what does a larger k buy, per update and per forward pass?
-    bash run.sh lab steps         how many times fewer denoising steps does training save at equal accuracy?
-    bash run.sh lab cost          where do the seconds and the memory of an update go?
-    bash run.sh lab order         learning with every order of unmasking, exact and biased scoring
-    bash run.sh lab signatures    provoke each failure and see that the run's warning names it
-    bash run.sh lab curves runs/countdown runs/countdown-2 ...     finished runs in one picture, seeds shaded
+    bash run.sh lab NAME [flags]     every flag of agrpo.py passes through: --task sudoku --m 6 ...
+    --quick     a minute or less, to see that it works
+    --seeds N   how many, counted from --seed [3]        --jobs N   processes of one thread each
+    --show      print what is finished so far, compute nothing new
+    --figures   put picture and printout into lab/figures too
 
-Every flag of agrpo.py passes through (--task sudoku --updates 100 --model FOLDER --m 6 --lr 1e-3 ...). Written:
-runs/lab/NAME.json (every number, command, seeds, hardware, versions) and NAME.png; --figures puts picture and tables into
-lab/figures too.
+An experiment is cut into pieces. Each finished piece is a line of runs/lab/NAME.jsonl, so that the
+same command goes on where it was stopped; delete the file to start again. runs/lab/NAME.txt is the
+printout with command, machine and versions, NAME.png the picture.
 
-Compute is counted in forward passes of one row: a denoising step of a rollout is 1, a (row, timestep) pair of the loss
-3, because a backward pass costs about two forwards. Learning rates are constant here after agrpo.py's warm-up, so that
-the beginning of a long run is a short run, and one run answers for equal updates and for equal compute.
+Every training here is agrpo.train itself, with the estimator of lab/estimators.py as its gradient;
+what only measures gradients is a "gradient" that adds none, so that nothing moves. Compute is
+counted in forward passes of one row: a denoising step of a rollout is 1, a state of the loss 3,
+because a backward pass costs about two forwards.
 """
+import contextlib
+import io
 import itertools
+import json
+import multiprocessing
 import os
+import platform
 import sys
-import tempfile
 import textwrap
 import time
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from hashlib import blake2b
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")       # torch's profiler is chatty otherwise
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "lab")]
 import agrpo
+import estimators
+import figures
 import tasks
-from lab import cli, logbook, models
-from lab.cli import UserError
-from lab.estimators import ESTIMATORS, SAMPLERS, draw_weights, pair_gradients, timestep_weights
-from lab.harness import EXPERIMENTS, Lab, curves, draw_runs, experiment, spread
 
-# ---- the training that all experiments share ------------------------------------------------------------------------
+NOTHING = agrpo.Seen(torch.zeros(0), torch.zeros(0), torch.zeros(0), 0)
+EXPERIMENTS = {}                       # name -> (function, time, default flags, those of --quick)
 
+
+def experiment(time, flags="", quick=""):
+    """Register a function under its name."""
+    def register(function):
+        EXPERIMENTS[function.__name__] = (function, time, flags.split(), quick.split())
+        return function
+    return register
+
+
+# ==============================================================================================
+# One run of one experiment: flags, pieces, tables, files
+# ==============================================================================================
+
+class Lab:
+    def __init__(self, name, argv):
+        self.name, self.argv, self.began, self.lines = name, argv, time.time(), []
+        function, minutes, flags, quick = EXPERIMENTS[name]
+        parser = agrpo.Parser(prog=f"bash run.sh lab {name}", allow_abbrev=False,
+                              usage="%(prog)s [--flag value ...]", description=function.__doc__,
+                              epilog=f"On 2 idle CPU cores: {minutes}. Further flags are agrpo.py's; "
+                                     f"defaults here: {' '.join(flags)}")
+        parser.add_argument("--quick", action="store_true", help="a minute or less")
+        parser.add_argument("--show", action="store_true", help="what is finished so far")
+        parser.add_argument("--figures", action="store_true", help="keep it in lab/figures too")
+        parser.add_argument("--seeds", type=int, help="how many, counted from --seed [3]")
+        parser.add_argument("--jobs", type=int, help="processes of one thread each [one per core]")
+        mine, rest = parser.parse_known_args(argv)
+        self.quick, self.show, self.keep = mine.quick, mine.show, mine.figures
+        # The tiny model on the CPU whatever the machine, so that numbers can be compared.
+        self.flags = ["--out", "runs/lab", "--device", "cpu", "--model", "lab/tiny", *flags]
+        self.flags += (quick if mine.quick else []) + rest
+        cfg = self.config()
+        self.out, self.jobs = Path(cfg.out), mine.jobs or (1 if mine.quick else os.cpu_count())
+        seeds = mine.seeds or (2 if mine.quick else 3)
+        self.seeds = [cfg.seed + i for i in range(seeds)]
+
+    def config(self, **swept):
+        """agrpo's Config from the flags and from what this experiment varies."""
+        return agrpo.parse(self.flags + [f"--{name}={value}" for name, value in swept.items()])
+
+    def tasks(self):
+        """Countdown and Sudoku, unless a task was asked for or it should be quick."""
+        given = self.quick or any(flag.startswith("--task") for flag in self.argv)
+        return [self.config().task] if given else ["countdown", "sudoku"]
+
+    def pieces(self, function, calls):
+        """[function(*call) for call in calls], from NAME.jsonl where that has them; with --show
+        None where it has not."""
+        path = self.out / f"{self.name}.jsonl"
+        done, keys = finished(path), [key_of(function, call) for call in calls]
+        missing = [i for i, key in enumerate(keys) if key not in done]
+        if missing and not self.show:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for n, (i, seconds, result) in enumerate(self.compute(function, calls, missing), 1):
+                # Through JSON, so that a result just found is what a later run will read.
+                line = json.loads(agrpo.to_json(dict(key=keys[i], what=label(function, calls[i]),
+                                                     seconds=seconds, result=result)))
+                with open(path, "a") as f:
+                    f.write(json.dumps(line) + "\n")
+                done[keys[i]] = line["result"]
+                print(f"    piece {n} of {len(missing)}: {line['what']}, {seconds:.0f} s",
+                      file=sys.stderr, flush=True)
+        return [done.get(key) for key in keys]
+
+    def compute(self, function, calls, missing):
+        """Yields (index, seconds, result) as they are finished. One thread each: for a model this
+        small, processes are quicker than threads."""
+        todo = [(function, calls[i], i) for i in missing]
+        if self.jobs == 1:
+            yield from map(timed, todo)
+            return
+        with multiprocessing.get_context("spawn").Pool(min(self.jobs, len(todo)), one_thread) as pool:
+            yield from pool.imap_unordered(timed, todo)
+
+    def say(self, *lines):
+        print(*lines, sep="\n", flush=True)
+        self.lines += lines
+
+    def note(self, text):
+        self.say("", *textwrap.wrap(text, 118, break_on_hyphens=False))
+
+    def table(self, head, *rows):
+        """Columns as wide as their widest cell, the first one left-aligned."""
+        wide = [max(len(str(cell)) for cell in column) for column in zip(head, *rows)]
+        for row in (head, *rows):
+            first, *others = (str(cell) for cell in row)
+            cells = [cell.rjust(w) for cell, w in zip(others, wide[1:])]
+            self.say("  ".join([first.ljust(wide[0]), *cells]))
+
+    def finish(self, **pictures):
+        """Write the printout and the pictures: suffix = (draw, height in inches)."""
+        command = " ".join(["bash run.sh lab", self.name, *self.argv])
+        folders = [self.out] + [ROOT / "lab" / "figures"] * self.keep
+        seconds = sum(line["seconds"] for line in read_lines(self.out / f"{self.name}.jsonl"))
+        head = [f"$ {command}", f"{max(seconds, time.time() - self.began):.0f} s of computing; "
+                f"{cpu_name()}, {os.cpu_count()} cores; seeds {self.seeds}",
+                ", ".join(f"{name} {version}" for name, version in agrpo.versions().items())]
+        for folder in folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            agrpo.write(folder / f"{self.name}.txt", "\n".join([*head, *self.lines, ""]).encode())
+            for suffix, (draw, height) in pictures.items():
+                name = f"{self.name}_{suffix}" if suffix != "plain" else self.name
+                figures.save(folder / f"{name}.png", draw, height)
+        print(f"\nwritten to {' and '.join(map(str, folders))}: {self.name}.txt", *pictures)
+
+
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def timed(call):
+    function, arguments, i = call
+    began = time.time()
+    with contextlib.redirect_stdout(io.StringIO()):             # agrpo.train prints a line
+        result = function(*arguments)
+    return i, time.time() - began, result
+
+
+def key_of(function, call):
+    """Names a piece: what is computed, with which flags other than the default. Not where it is
+    written, and nothing of when it is saved."""
+    plain, beside = asdict(agrpo.Config()), {"out", "steps", "preset", "eval_every", "save_every"}
+    told = [{name: value for name, value in asdict(x).items() if value != plain[name]
+             and name not in beside} if isinstance(x, agrpo.Config) else x for x in call]
+    return blake2b(repr([function.__name__, *told]).encode(), digest_size=8).hexdigest()
+
+
+def label(function, call):
+    cfg, *more = call
+    more = [str(x) for x in more if isinstance(x, (str, int))]
+    return " ".join([function.__name__, cfg.task, f"m={cfg.m} k={cfg.k} lr={cfg.lr} seed={cfg.seed}", *more])
+
+
+def read_lines(path):
+    """The JSON lines of a file; the last may be cut, by a kill."""
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
+def finished(path):
+    return {line["key"]: line["result"] for line in read_lines(path)}
+
+
+def cpu_name():
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return [*names, platform.machine()][0]
+
+
+def spread(values, form=".1%"):
+    """mean [lowest, highest]; what is not there yet is said."""
+    there = [v for v in values if v is not None]
+    if not there:
+        return "not run"
+    few = f" ({len(there)} of {len(values)})" if len(there) < len(values) else ""
+    return f"{np.mean(there):{form}} [{min(there):{form}}, {max(there):{form}}]{few}"
+
+
+# ==============================================================================================
+# The training that all experiments share
+# ==============================================================================================
 
 def load(cfg):
-    """Policy (with fresh adapters, or those of --adapter) and data."""
-    model, tokenizer = models.load_model(cfg)
-    policy = agrpo.Policy(model, tokenizer, cfg.device)
-    data = {split: agrpo.load_data(cfg, split) for split in ("train", "test")}
-    models.preflight(policy, policy.encode(cfg.task, data["test"][0]))
-    models.load_adapter(policy, cfg) if cfg.adapter else models.add_adapters(policy, cfg)
-    return policy, data
-
-
-def roll(policy, data, cfg, update):
-    """One update's rollouts. -> batches, grades, adv (B,), dead (B,)"""
-    batches, grades, _, _ = agrpo.collect_rollouts(policy, data["train"], cfg, update)
-    rewards = torch.tensor([g.reward for g in grades], dtype=torch.float64, device=policy.device)
-    return batches, grades, *agrpo.group_advantages(rewards, cfg.G, cfg.normalise_std)
-
-
-def add_gradient(policy, cfg, batches, adv, estimator="agrpo", p=0):
-    """One pass over one update's rollouts."""
-    seen, row = [], 0
-    for keys, traj in batches:
-        rand = agrpo.row_random([(*key, "timesteps", p) for key in keys])
-        seen += ESTIMATORS[estimator](policy, cfg, traj, adv[row:row + len(keys)], len(adv), rand)
-        row += len(keys)
-    return seen
-
-
-def train(policy, data, cfg, estimator="agrpo", passes=0, every=0):
-    """agrpo.train without its files: until cfg.updates are done and `passes` forward passes of one row are spent.
-    Returns history, the log's numbers of each update, and evals, held-out accuracy each `every` updates."""
+    """policy, training data, held-out data, trained parameters, their optimizer"""
+    test = tasks.load(cfg.task, "test", file=cfg.test_file or None, **cfg.options)
+    data = tasks.load(cfg.task, "train", seed=cfg.seed, file=cfg.train_file or None,
+                      held_out=test, **cfg.options)
+    policy = agrpo.load_policy(cfg)
     params = [p for p in policy.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
-    warm, history, evals, spent, seconds = max(1, round(cfg.warmup * cfg.updates)), [], [], 0, 0.0
-    book = SimpleNamespace(cfg=cfg, policy=policy, gather=lambda parts: parts)          # all that `metrics` wants of it
-    while True:
-        update, done = len(history), len(history) >= cfg.updates and spent >= passes
-        if every and (done or update % every == 0):
-            evals.append(dict(update=update, passes=spent, seconds=seconds, **accuracy(policy, data, cfg)))
-        if done:
-            return history, evals
-        began, norms, seen = time.time(), [], []
-        batches, grades, adv, dead = roll(policy, data, cfg, update)
-        for group in optimizer.param_groups:
-            group["lr"] = cfg.lr * min(1, (update + 1) / warm)
-        for p in range(cfg.mu):
-            seen += add_gradient(policy, cfg, batches, adv, estimator, p)
-            norms.append(agrpo.optimizer_step(params, optimizer, cfg.max_grad_norm))
-        seconds += time.time() - began
-        now = dict(update=update + 1, grad_norm=max(norms),
-                   **logbook.Logbook.metrics(book, batches, grades, dead, seen, 0))
-        spent += sum(traj.n.sum().item() for _, traj in batches) + 3 * now["pairs"]
-        history.append(dict(now, passes=spent, warnings=list(logbook.signatures(now, history))))
+    return policy, data, test, params, optimizer
 
 
-def accuracy(policy, data, cfg, m=None, greedy=False):
-    """Held-out accuracy with its 95 % interval, sampled as the rollouts unless greedy."""
-    records = agrpo.evaluate(policy, data["test"], cfg, m or cfg.m, greedy)
-    right = sum(r["correct"] for r in records)
-    low, high = logbook.wilson(right, len(records))
-    return dict(accuracy=right / len(records), low=low, high=high, n=len(records))
+def learn(cfg, estimator, how=None):
+    """One training; held-out accuracy at five points of it, decoded as `how` [the rollouts].
+
+    Returns evals, greedy (max_prob at the end), and means of the log's numbers over the updates.
+    """
+    policy, data, test, params, optimizer = load(cfg)
+    how, every = how or cfg.how, max(1, cfg.updates // 4)
+    history, evals, passes, seconds = [], [], 0, 0.0
+
+    def evaluate():
+        accuracy = agrpo.evaluate(policy, test, cfg, how, cfg.eval_n)
+        evals.append(dict(update=len(history), passes=passes, seconds=seconds, accuracy=accuracy))
+
+    evaluate()
+    gradient = estimators.ESTIMATORS[estimator]
+    for now in agrpo.train(policy, data, cfg, params, optimizer, gradient=gradient):
+        history.append(now)
+        passes += cfg.questions * cfg.G * cfg.m + 3 * now["pairs"]
+        seconds += now["rollout_seconds"] + now["loss_seconds"]
+        if now["update"] % every == 0 or now["update"] == cfg.updates:
+            evaluate()
+    greedy = replace(how, unmasking="max_prob", temperature=0.0)
+    means = {name: float(np.mean([x[name] for x in history]))
+             for name in ("pairs", "dead_groups", "rollout_seconds", "loss_seconds")}
+    return dict(evals=evals, greedy=agrpo.evaluate(policy, test, cfg, greedy, cfg.eval_n),
+                **means)
 
 
-def training_run(cfg, estimator="agrpo", passes=0, every=0):
-    """One training in a process of its own; evaluated at its end greedily too."""
-    policy, data = load(cfg)
-    history, evals = train(policy, data, cfg, estimator, passes, every or max(1, cfg.updates // 6))
-    return dict(history=history, evals=evals, greedy=accuracy(policy, data, cfg, greedy=True))
+def last(run):
+    return run and run["evals"][-1]["accuracy"]
 
 
-def nominal_passes(cfg):
-    """Forward passes of cfg.updates updates, were no group dead and no timestep drawn twice."""
-    return cfg.updates * cfg.questions * cfg.G * (cfg.m + 3 * cfg.k)
-
-
-def at(evals, x, value):
-    """Held-out accuracy when `value` updates or passes were spent, between two evaluations on the straight line."""
-    return float(np.interp(value, [e[x] for e in evals], [e["accuracy"] for e in evals]))
-
-
-def learning(lab, title, variants, passes):
-    """Train every variant, {label: (flags, estimator)}, on every seed; tabulate at equal updates, at equal compute and at
-    a quarter of it (passes = 0: decoded greedily in their place). Returns {label: [run per seed]}."""
-    cfg = lab.config(**next(iter(variants.values()))[0])
-    runs = lab.over_seeds(training_run, {label: (*variant, passes) for label, variant in variants.items()})
-    lab.note(f"held-out accuracy, sampled as the rollouts are; {cfg.task}, m = {cfg.m}, n = {cfg.eval_n}, seeds {lab.seeds}: "
-             "mean [lowest, highest]")
-    reached = {f"after {cfg.updates} updates": lambda r: at(r["evals"], "update", cfg.updates)}
-    reached |= {f"after {x:,} passes": lambda r, x=x: at(r["evals"], "passes", x) for x in (passes // 4, passes)} if passes \
-        else {"then greedily": lambda r: r["greedy"]["accuracy"]}
-    lab.table((title, "base", *reached, "passes/update", "s/update"), *(
-        (label, f"{np.mean([r['evals'][0]['accuracy'] for r in seeds]):.1%}",
-         *(spread([accuracy_of(r) for r in seeds]) for accuracy_of in reached.values()),
-         *(format(np.mean([r["evals"][-1][x] / r["evals"][-1]["update"] for r in seeds]), form)
-           for x, form in (("passes", ".0f"), ("seconds", ".2f")))) for label, seeds in runs.items()))
+def learning(lab, title, variants):
+    """Train each of {label: (flags, estimator)} on every seed and tabulate. -> {label: [runs]}"""
+    calls = [(lab.config(seed=seed, **flags), estimator)
+             for flags, estimator in variants.values() for seed in lab.seeds]
+    found = iter(lab.pieces(learn, calls))
+    runs = {name: [next(found) for _ in lab.seeds] for name in variants}
+    cfg = calls[0][0]
+    lab.note(f"held-out accuracy, sampled as the rollouts are; {cfg.task}, m = {cfg.m}, n = {cfg.eval_n}, "
+             f"{cfg.questions} x {cfg.G} rollouts an update, seeds {lab.seeds}: mean [lowest, highest]")
+    lab.table((title, "base", "trained", "then greedily", "updates", "passes", "s/update"),
+              *(learning_row(name, runs[name]) for name in variants))
     return runs
 
 
-def draw_learning(runs, compute=True):
+def learning_row(name, runs):
+    there = [run for run in runs if run]
+    if not there:
+        return name, *["not run"] * 6
+    ends = [run["evals"][-1] for run in there]
+    updates = ends[0]["update"]
+    return (name, f"{np.mean([run['evals'][0]['accuracy'] for run in there]):.1%}",
+            spread([last(run) for run in runs]), spread([run and run["greedy"] for run in runs]),
+            updates, f"{np.mean([end['passes'] for end in ends]):,.0f}",
+            f"{np.mean([end['seconds'] for end in ends]) / updates:.2f}")
+
+
+def draw_learning(runs, x="passes"):
+    """Held-out accuracy of {label: [run per seed]}, lines named at their ends."""
     def draw(fig):
-        for ax, x in zip(fig.subplots(1, 1 + compute, squeeze=False, sharey=True)[0], ("update", "passes")):
-            draw_runs(ax, {label: [r["evals"] for r in seeds] for label, seeds in runs.items()}, x)
+        ax, ends = fig.subplots(), []
+        for (name, seeds), color in zip(runs.items(), itertools.cycle(figures.COLORS)):
+            evals = [run["evals"] for run in seeds if run]
+            if evals:
+                at = np.mean([[e[x] for e in run] for run in evals], axis=0)
+                y = np.array([[e["accuracy"] for e in run] for run in evals])
+                figures.band(ax, at, y, color)
+                ends.append((at[-1], y[:, -1].mean(), name, color))
+        ax.set(ylabel="held-out accuracy",
+               xlabel=dict(passes="forward passes of a row (a state of the loss: 3)").get(x, x))
+        figures.name_ends(ax, ends, 0.06)
     return draw
 
 
-# ---- variance -------------------------------------------------------------------------------------------------------
-
+# ==============================================================================================
+# variance: how noisy is the estimate, for every timestep sampler and k? Is it unbiased?
+# ==============================================================================================
 
 def variance_cell(cfg, ms, draws):
-    """Every sampler, k and m on one batch of rollouts. With weights c the estimate is sum_i c_i g_i, and c = 1 is exact:
-    |g_hat - g|^2 / |g|^2 = (c - 1)' G (c - 1) / 1' G 1.  Once the Gram matrix G is known, a draw costs nothing."""
-    policy, data = load(cfg)
-    if cfg.lora_r:                                   # at its start B = 0, and so is A's gradient
-        train(policy, data, cfg)
+    """Every sampler, m and k on one batch of rollouts each.
+
+    With weights c of the pairs the estimate is sum_i c_i g_i, and c = 1 is exact:
+    |g_hat - g|^2 / |g|^2 = (c - 1)' G (c - 1) / 1' G 1. Once the Gram matrix G is known, a draw
+    costs nothing.
+    """
+    policy, data, _, params, optimizer = load(cfg)
+    if cfg.lora_r:                                              # fresh LoRA has B = 0: A gets no gradient
+        for _ in agrpo.train(policy, data, cfg, params, optimizer):
+            pass
     found = []
-    for m in ms:
-        cfg.m, cfg.rollout_batch = m, cfg.questions * cfg.G      # one batch: batch-strata and pooled see all of it
-        ((_, traj),), _, adv, _ = roll(policy, data, cfg, cfg.updates)
-        if not adv.any():
-            raise UserError("every group is dead: no gradient to measure; give another --seed or more --questions")
-        pairs, gram = pair_gradients(policy, cfg, traj, adv)
-        toward = gram.sum(1)                                     # G 1: g_i . g
-        size = toward.sum()                                      # |g|^2
-        add_gradient(policy, replace(cfg, k=m), [([()] * len(adv), traj)], adv)
-        whole = sum(p.grad.double().square().sum() for p in policy.model.parameters() if p.grad is not None)
-        policy.model.zero_grad()
-        assert abs(whole * (m * len(adv)) ** 2 / size - 1) < 1e-3, "sum over pairs != accumulate_gradient, every step"
-        norms = torch.zeros(len(adv) * m, dtype=torch.float64)
+
+    def measure(policy, traj, A, cfg, rand):
+        if not A.any():
+            raise agrpo.UserError("every group is dead: give another --seed or more --questions")
+        pairs, gram = estimators.pair_gradients(policy, traj, A)
+        norms = torch.zeros(len(A) * cfg.m, dtype=torch.float64)
         norms[pairs] = gram.diagonal().sqrt()
-        weights = timestep_weights(policy, cfg, traj, norms.view(-1, m))
+        toward, size = gram.sum(dim=1), gram.sum()              # g_i . g and |g|^2
+        for (follow, points), k in itertools.product(estimators.SAMPLERS, sorted({1, 2, 4, 8, cfg.m})):
+            if follow == "true norm":
+                p = norms.view(-1, cfg.m) / norms.view(-1, cfg.m).sum(1, keepdim=True).clamp(min=1e-100)
+            else:
+                p = agrpo.timestep_probs(traj, follow)
+            off = estimators.draw_weights(p, A, k, points, draws)[:, pairs] - 1
+            square, along = ((off @ gram) * off).sum(dim=1) / size, off @ toward / size
+            states = (off > -1).sum(dim=1).double().mean() / (A != 0).sum()
+            found.append(dict(m=cfg.m, follow=follow, points=points, k=k, variance=square.mean().item(),
+                              bias=along.mean().item(), error=along.std().item() / draws ** 0.5,
+                              states=states.item()))
+        return NOTHING
+
+    for m in ms:
         torch.manual_seed(cfg.seed)
-        for (weight, points), k in itertools.product(SAMPLERS, sorted({1, 2, 4, 8, m})):
-            c = draw_weights(agrpo.timestep_probs(traj.n, m, weights[weight]), adv, cfg.G, k, points, draws)[:, pairs]
-            square, along = (((c - 1) @ gram) * (c - 1)).sum(1) / size, (c - 1) @ toward / size
-            found.append(dict(m=m, weight=weight, points=points, k=k, variance=square.mean().item(),
-                              error=square.std().item() / draws ** 0.5, bias=along.mean().item(),
-                              bias_error=along.std().item() / draws ** 0.5,
-                              pairs=((c > 0).sum(1).double().mean() / (adv != 0).sum()).item()))
+        one = replace(cfg, m=m, updates=cfg.updates + 1)
+        for _ in agrpo.train(policy, data, one, params, optimizer, cfg.updates, gradient=measure):
+            pass
     return found
 
 
-@experiment("about 5 minutes", "--questions 8 --updates 20", "--questions 3 --G 4 --updates 2")
+@experiment("6 minutes", "--questions 8 --updates 20 --k 1", "--questions 3 --G 4 --updates 2")
 def variance(lab):
-    """How noisy is the gradient estimate against the exact one of all steps, for every timestep sampler, k and m? Cells:
-    task x (all parameters of the base model | LoRA after --updates updates) x seed, each with its own rollouts."""
-    names = [lab.config().task] if lab.quick or "--task" in lab.argv else ["countdown", "sudoku"]
-    ms, draws = {"countdown": (4, 6, 12), "sudoku": (4, 5, 10)}, 50 if lab.quick else 1000
-    hard = {"sudoku": dict(unmasking="random")}      # by max_prob it is right in nearly every rollout, all groups are dead
-    results = lab.over_seeds(variance_cell, {
-        f"{task}, {state}": (dict(task=task, **hard.get(task, {}), **more), ms[task][:1 if lab.quick else 3], draws)
-        for task in names for state, more in (("base model, all parameters", dict(lora_r=0)),
-                                              (f"LoRA after {lab.config().updates} updates", {}))})
+    """Relative variance of the estimate against the exact gradient of all steps, for every timestep
+    sampler, k and m. Cells: task x (all parameters of the base model | LoRA after --updates)."""
+    ms, draws = dict(countdown=(4, 6, 12), sudoku=(4, 5, 10)), 50 if lab.quick else 1000
+    hard = dict(sudoku=dict(unmasking="random"))                # by max_prob most groups are all right: dead
+    kinds = {"base model": dict(lora_r=0), f"after {lab.config().updates} updates": {}}
+    cells = {f"{task}, {kind}": dict(task=task, **hard.get(task, {}), **flags)
+             for task in lab.tasks() for kind, flags in kinds.items()}
+    calls = [(lab.config(seed=seed, **flags), ms.get(flags["task"], (4,))[:1 if lab.quick else 3], draws)
+             for flags in cells.values() for seed in lab.seeds]
+    found = iter(lab.pieces(variance_cell, calls))
+    results = {cell: [next(found) or [] for _ in lab.seeds] for cell in cells}
 
-    def get(seeds, field, sampler, k, m):
+    def get(seeds, field, sampler, m, k):
         return np.array([x[field] for found in seeds for x in found
-                         if (x["weight"], x["points"], x["k"], x["m"]) == (*sampler, k, m)])
+                         if (x["follow"], x["points"], x["m"], x["k"]) == (*sampler, m, k)])
 
     for cell, seeds in results.items():
-        columns = sorted({(x["m"], x["k"]) for x in seeds[0] if x["k"] in (2, 4) and x["k"] < x["m"]})
-        lab.note(f"{cell}: relative variance |g_hat - g|^2 / |g|^2, mean over {len(seeds)} batches +- their spread; pairs: "
-                 "forward passes per row in the last column")
-        lab.table(("p_t, points", *(f"m={m} k={k}" for m, k in columns), "pairs"), *(
-            (", ".join(sampler), *(f"{v.mean():.3f}+-{v.std():.2f}" for v in (
-                get(seeds, "variance", sampler, k, m) for m, k in columns)),
-             f"{get(seeds, 'pairs', sampler, *columns[-1][::-1]).mean():.2f}") for sampler in SAMPLERS))
+        at = sorted({(x["m"], x["k"]) for found in seeds for x in found if x["k"] in (2, 4) and x["k"] < x["m"]})
+        lab.note(f"{cell}: relative variance |g_hat - g|^2 / |g|^2, mean over {len(seeds)} batches +- their "
+                 "spread; last column: forward passes a row in the column before it, equal draws merged")
+        rows = [(", ".join(sampler), *(f"{v.mean():.3f}+-{v.std():.2f}" for v in (
+            get(seeds, "variance", sampler, *mk) for mk in at)),
+            f"{get(seeds, 'states', sampler, *at[-1]).mean():.2f}") for sampler in estimators.SAMPLERS if at]
+        lab.table(("p_t, points", *(f"m={m} k={k}" for m, k in at), "passes"), *rows)
 
     everything = [x for seeds in results.values() for found in seeds for x in found]
+    few = [x for x in everything if x["k"] in (1, 2, 4) and x["k"] < x["m"]]
 
-    def against_official(sampler, price):
-        logs = [np.array([np.log(x["variance"] * x["pairs"] ** price) for x in everything if x["k"] in (1, 2, 4)
-                          and x["k"] < x["m"] and (x["weight"], x["points"]) == s])
-                for s in (sampler, ("entropy", "batch-strata"))]
-        return f"{np.exp((logs[0] - logs[1]).mean()):.2f}"
-    lab.note("all of it, k in 1, 2, 4: geometric mean of the variance in units of the official sampler's (entropy, batch-strata); "
-             "per pass: variance x forward passes, which merged draws save")
-    lab.table(("p_t, points", "variance", "per pass"),
-              *((", ".join(s), against_official(s, 0), against_official(s, 1)) for s in SAMPLERS))
-    z = np.array([abs(x["bias"] / x["bias_error"]) for x in everything if x["bias_error"] > 1e-9])
-    lab.note(f"bias along g in standard errors, {len(z)} estimates: median {np.median(z):.2f} (0.67 expected of none), beyond "
-             f"2: {np.mean(z > 2):.1%} (5 %)")
+    def log_mean(sampler, price):
+        return np.mean([np.log(x["variance"] * x["states"] ** price) for x in few
+                        if (x["follow"], x["points"]) == sampler])
+    lab.note("all of it, k in 1, 2, 4: geometric mean of the variance in units of the official sampler's (entropy, "
+             "batch-strata); per pass: variance x forward passes, which merged draws save")
+    base = [log_mean(("entropy", "batch-strata"), price) for price in (0, 1)]
+    lab.table(("p_t, points", "variance", "per pass"), *(
+        (", ".join(s), *(f"{np.exp(log_mean(s, price) - base[price]):.2f}" for price in (0, 1)))
+        for s in estimators.SAMPLERS))
+    z = np.array([abs(x["bias"] / x["error"]) for x in everything if x["error"] > 1e-9])
+    lab.note(f"bias along g in standard errors, {len(z)} estimates: median {np.median(z):.2f} (0.67 expected of "
+             f"none), beyond 2: {np.mean(z > 2):.1%} (5 %)")
 
     def draw(fig):
-        for ax, (cell, seeds) in zip(fig.subplots(1, len(results), sharey=True, squeeze=False)[0], results.items()):
-            m = seeds[0][-1]["m"]
-            ks = sorted({x["k"] for x in seeds[0] if x["m"] == m})
-            for sampler in [("uniform", "iid"), ("uniform", "low-discrepancy"), ("entropy", "batch-strata"),
-                            ("entropy", "low-discrepancy"), ("surprise", "low-discrepancy")]:
-                y = np.stack([get(seeds, "variance", sampler, k, m) for k in ks]) + 1e-4   # 0 at k = m, uniform
-                line, = ax.loglog(ks, y.mean(1), "o-", ms=3, label=", ".join(sampler))
-                ax.fill_between(ks, y.min(1), y.max(1), alpha=0.15, color=line.get_color())
-            ax.set_title(f"{cell}, m = {m}".replace(", ", "\n", 1), fontsize=7)
-            ax.set(xlabel="k", ylim=(1e-3, None), xticks=ks, xticklabels=ks)
+        lines = {("uniform", "iid"): "uniform, iid", ("entropy", "batch-strata"): "official",
+                 ("surprise", "systematic"): "ours"}
+        axes = fig.subplots(1, len(results), sharey=True, squeeze=False)[0]
+        for ax, (cell, seeds) in zip(axes, results.items()):
+            m, ends = max(x["m"] for x in seeds[0]), []
+            ks = [k for k in (1, 2, 4, 8) if k < m]
+            ax.set(xscale="log", yscale="log", xlabel="k", title=f"{cell}\nm = {m}".replace(", ", "\n"))
+            for (sampler, name), color in zip(lines.items(), figures.COLORS):
+                y = np.stack([get(seeds, "variance", sampler, m, k) for k in ks], axis=1)
+                figures.band(ax, ks, y, color)
+                ends.append((ks[-1], y[:, -1].mean(), name, color))
+            ax.set_xticks(ks, ks)
             ax.minorticks_off()
-        fig.axes[0].set_ylabel("relative variance")
-        fig.axes[0].legend(fontsize=6)
-    lab.finish(results, draw)
+        axes[0].set_ylabel("relative variance")
+        fig.canvas.draw()                                       # axis limits as they will be
+        figures.name_ends(axes[-1], ends, 0.07)
+    lab.finish(plain=(draw, 3.2))
 
 
-# ---- compare, k, order ----------------------------------------------------------------------------------------------
+# ==============================================================================================
+# compare: the estimators of the field against the exact gradient, and learning with each
+# ==============================================================================================
+
+CERTAIN = ("every step", "step-merge", "EGSPO", "TraceRL")      # no draws: one says all
+WARM = 0.6                                                      # "another T" of the row T != 1
 
 
-def gradients(cfg, names, batches):
-    """{name: [gradient of batch b, flat]} and {name: pairs per row} over the same rollouts; "exact" takes every step."""
-    policy, data = load(cfg)
-    params, grads, pairs = list(policy.model.parameters()), {name: [] for name in names}, dict.fromkeys(names, 0)
-    for b in range(batches):
-        rolled, _, adv, _ = roll(policy, data, cfg, b)
+def directions(cfg, names, batches, draws):
+    """{name: sums over the batches}, from which `angles` makes cosines, bias and variance.
+
+    Per batch b of rollouts: g its exact gradient, e the mean of `draws` estimates on the same
+    rollouts. Products of two different draws, or batches, have no noise of their own in the mean.
+    """
+    policy, data, _, params, optimizer = load(replace(cfg, lora_r=0))
+    sums = {name: dict(dot=0.0, gg=0.0, ee=0.0, square=0.0, states=0.0, cosine=[]) for name in names}
+    total = {}
+
+    def take(name, traj, A, cfg, rand):
+        seen = estimators.ESTIMATORS[name](policy, traj, A, cfg, rand)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+        for p in params:
+            p.grad = None
+        return torch.cat([g.flatten() for g in grads]).double(), len(seen.ratio)
+
+    def measure(policy, traj, A, cfg, rand):
+        g, _ = take("every step", traj, A, cfg, rand)
+        total["g"] = total.get("g", 0) + g
         for name in names:
-            how = (replace(cfg, k=cfg.m), "agrpo") if name == "exact" else (cfg, name)
-            seen = add_gradient(policy, how[0], rolled, adv, how[1])
-            grads[name].append(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params]))
-            pairs[name] += sum(len(x[0]) for x in seen) / len(adv) / batches
-            policy.model.zero_grad()
-    return grads, pairs
+            n = 1 if name in CERTAIN else draws
+            es, states = zip(*(take(name, traj, A, cfg, rand) for _ in range(n)))
+            e, square = sum(es) / n, sum(x.square().sum() for x in es).item() / n
+            total[name] = total.get(name, 0) + e
+            s = sums[name]
+            s["dot"] += (e @ g).item()
+            s["gg"] += (g @ g).item()
+            # |E e|^2 without the noise: products of two different draws.
+            s["ee"] += ((n * n * (e @ e).item() - n * square) / (n * n - n)) if n > 1 else square
+            s["square"] += square
+            s["mean_square"] = s.get("mean_square", 0.0) + (e @ e).item()
+            s["states"] += sum(states) / n / len(A) / batches
+            s["cosine"] += [cosine(x, g) for x in es]
+        return NOTHING
+
+    cfg = replace(cfg, updates=batches, lora_r=0)
+    for _ in agrpo.train(policy, data, cfg, params, optimizer, gradient=measure):
+        pass
+    for name, s in sums.items():
+        e, g = total[name], total["g"]
+        s.update(batches=batches, across=(e @ g).item() - s["dot"], across_gg=(g @ g).item() - s["gg"],
+                 across_ee=(e @ e).item() - s.pop("mean_square"))
+    return sums
 
 
 def cosine(a, b):
     return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
 
 
-def cosine_cell(cfg, batches):
-    """Per estimator, over batches b of rollouts: cos(e_b, g_b), g_b the exact gradient of the same rollouts;
-    cos(sum e_b, sum g_b), what is left of the angle as noise averages out; cos(e_b, sum of the other batches' g)."""
-    grads, pairs = gradients(cfg, ("exact", "agrpo", "one-step", "ELBO"), batches)
-    g, everything = grads["exact"], sum(grads["exact"])
-    return {name: dict(same=[cosine(e, x) for e, x in zip(es, g)], summed=cosine(sum(es), everything),
-                       others=[cosine(e, everything - x) for e, x in zip(es, g)], pairs=pairs[name])
-            for name, es in grads.items()}
+def angles(parts):
+    """One estimator's numbers from the sums of one or several seeds.
+
+    one       cosine of one estimate to the exact gradient of the same rollouts
+    mean      the same for the mean of the estimates: what stays when their noise averages out
+    bias      sine of that angle: |c E e - g| / |g| at the best factor c (the step size absorbs it)
+    variance  E |e - E e|^2 in units of |g|^2, at the length of e where its part along g is g
+    expected  cosine of the estimates' mean over rollouts to the policy gradient
+    reach     cosine of one estimate to the policy gradient: bias and both noises together
+    """
+    s = {key: np.sum([part[key] for part in parts]) for key in parts[0] if key != "cosine"}
+    mean = s["dot"] / np.sqrt(s["ee"] * s["gg"])
+    gain = s["dot"] / s["gg"]
+    pairs = len(parts) * parts[0]["batches"] * (parts[0]["batches"] - 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        expected = s["across"] / np.sqrt(s["across_ee"] * s["across_gg"])
+        reach = s["across"] / pairs / np.sqrt(s["square"] / s["batches"] * s["across_gg"] / pairs)
+    return dict(one=np.mean([c for part in parts for c in part["cosine"]]), mean=mean,
+                bias=np.sqrt(max(0.0, 1 - min(mean, 1.0) ** 2)), expected=expected, reach=reach,
+                variance=max(0.0, s["square"] - s["ee"]) / s["gg"] / gain ** 2,
+                states=s["states"] / len(parts))
 
 
-@experiment("about 18 minutes", "--m 4 --k 2 --updates 40 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
-def compare(lab):
-    """AGRPO, diffu-GRPO's one-step likelihood and an ELBO: the angle to the exact gradient on the same rollouts (all
-    parameters of the base model), then learning (LoRA) at equal updates and at equal compute, for three learning rates:
-    a third of --lr, --lr and three times --lr."""
-    batches, cfg = 3 if lab.quick else 12, lab.config()
-    cells = lab.map(cosine_cell, [(lab.config(seed=seed, lora_r=0), batches) for seed in lab.seeds])
-    join = lambda name, kind: [x for cell in cells for x in cell[name][kind]]
-    lab.note(f"cosine to the exact gradient (every step; m = {cfg.m}, k = {cfg.k}), {len(cells)} seeds x {batches} batches of "
-             f"{cfg.questions * cfg.G} rollouts: mean [lowest, highest]. sum: what remains of the angle as noise averages out; "
-             "other: to the gradient of the other batches, where `exact` is the most that a batch can reach")
-    lab.table(("estimator", "same rollouts", "sum over batches", "other batches", "pairs/row"), *(
-        (name, spread(join(name, "same"), ".3f"), spread([cell[name]["summed"] for cell in cells], ".3f"),
-         spread(join(name, "others"), ".3f"), f"{np.mean([cell[name]['pairs'] for cell in cells]):.2f}")
-        for name in cells[0]))
-    variants = {f"{name}, lr {cfg.lr * x:.2g}": (dict(lr=cfg.lr * x), name) for name in ("agrpo", "one-step", "ELBO")
-                for x in ((1,) if lab.quick else (1 / 3, 1, 3))}
-    runs = learning(lab, "estimator", variants, nominal_passes(cfg))
+def compare_gradients(lab):
+    """The tables of angles. Returns {m: {name: [part per seed]}}."""
+    names = ["every step", "AGRPO", "official", *estimators.RECIPES]
+    batches, draws = (2, 2) if lab.quick else (12, 2)
+    ms = {4: 2} if lab.quick else {2: 1, 4: 2, 12: 4}
+    found = {}
+    for (m, k), warm in itertools.product(ms.items(), (False, True)):
+        flags, who = dict(m=m, k=k), names
+        if warm:
+            flags, who = dict(flags, temperature=WARM), ["AGRPO", "scored at T = 1"]
+        calls = [(lab.config(seed=seed, **flags), who, batches, draws) for seed in lab.seeds]
+        parts = [part for part in lab.pieces(directions, calls) if part]
+        for name in who if parts else ():
+            shown = f"{name}, T = {WARM}" if warm else name
+            found.setdefault(m, {})[shown] = [part[name] for part in parts]
+    for m, rows in found.items():
+        cfg = lab.config(m=m, k=ms[m])
+        lab.note(f"m = {m}, k = {ms[m]}; {cfg.task}, all parameters of the base model, "
+                 f"{len(rows['every step'])} seeds x {batches} batches of {cfg.questions * cfg.G} rollouts, {draws} draws")
+        lab.table(("estimator", "states/row", "one", "mean", "bias", "variance", "var x states",
+                   "expected", "reach"), *(angle_row(name, parts) for name, parts in rows.items()))
+    lab.note("states/row: forward passes of the loss. Cosines to the exact gradient of the same rollouts: one, of "
+             "a single estimate; mean, of the estimates' mean, so what is missing to 1 is bias (its sine). variance: "
+             "noise of the estimate's own draws in units of |g|^2. Cosines to the policy gradient over other "
+             "rollouts: expected, of the mean; reach, of one estimate on one batch. [lowest, highest] of the seeds")
+    return found
 
+
+def angle_row(name, parts):
+    x, each = angles(parts), [angles([part]) for part in parts]
+
+    def seeds(key):
+        values = [e[key] for e in each]
+        text = f"{x[key]:.2f} [{min(values):.2f}, {max(values):.2f}]"
+        return "-" if "nan" in text else text                   # too few batches to tell
+    return (name, f"{x['states']:.2f}", seeds("one"), f"{x['mean']:.3f}", f"{x['bias']:.2f}",
+            f"{x['variance']:.3f}", f"{x['variance'] * x['states']:.3f}", seeds("expected"), seeds("reach"))
+
+
+def draw_angles(found):
+    """Dots per estimator: the mean's cosine (hollow: bias) and one estimate's (full: and noise)."""
     def draw(fig):
-        ahead = lambda label: np.mean([at(r["evals"], "update", cfg.updates) for r in runs[label]])
-        best = {name: max((label for label in runs if label.startswith(name)), key=ahead) for name in list(cells[0])[1:]}
-        draw_learning({label: runs[label] for label in best.values()})(fig)
-    lab.finish(dict(cosines=cells, runs=runs), draw)
+        names = list(next(iter(found.values())))
+        axes = fig.subplots(1, len(found), sharey=True, squeeze=False)[0]
+        y = np.arange(len(names))
+        for ax, (m, rows) in zip(axes, found.items()):
+            x = [angles(rows[name]) for name in names]
+            one, mean = (np.clip([v[key] for v in x], None, 1) for key in ("one", "mean"))
+            ax.hlines(y, one, mean, color=figures.FAINT, lw=1)
+            ax.plot(mean, y, "o", ms=6, mfc=figures.PAPER, color=figures.COLORS[0], label="mean: its bias is left")
+            ax.plot(one, y, "o", ms=6, color=figures.COLORS[1], label="one estimate: bias and noise")
+            ax.set(title=f"m = {m}", xlim=(0, 1.04), yticks=y, yticklabels=names)
+            ax.set_xlabel("cosine to the exact gradient")
+        axes[0].invert_yaxis()
+        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    return draw
 
 
-@experiment("about 15 minutes", "--m 12 --updates 60 --questions 10 --eval_n 400",
+ORDER = ["AGRPO", "ELBO", "one-step", "step-merge", "EGSPO", "coupled", "ESPO", "SPG", "RLDF", "GDPO", "wd1",
+         "GDSD", "TraceRL", "official", "JustGRPO", "every step"]
+
+
+def compare_learning(lab, task):
+    """Learning at equal forward passes: learning rates with the first seed, the best with all."""
+    names = ORDER[:2] if lab.quick else ORDER
+    hard = dict(unmasking="random") if task == "sudoku" else {}
+    cfg = lab.config(task=task, **hard)
+    rows = cfg.questions * cfg.G
+    budget = cfg.updates * rows * (cfg.m + 3 * cfg.k)
+    rates = [cfg.lr] if lab.quick else [cfg.lr / 2, cfg.lr, cfg.lr * 2]
+
+    def call(name, lr, seed):
+        if name == "JustGRPO":                                  # its own way to write; evaluated as the others
+            own = lab.config(task=task, lr=lr, seed=seed, block_length=1, m=cfg.C, k=1, divide_by_std=True)
+            own.updates = max(1, round(budget / (rows * 4 * cfg.C)))
+            return own, "every step", cfg.how
+        own = lab.config(task=task, lr=lr, seed=seed, **hard)
+        own.updates = max(1, round(budget / (rows * (cfg.m + 3 * estimators.forwards(name, cfg)))))
+        return own, name
+
+    first = dict(zip(itertools.product(names, rates), lab.pieces(
+        learn, [call(name, lr, lab.seeds[0]) for name in names for lr in rates])))
+    best = {name: max(rates, key=lambda lr: last(first[name, lr]) or -1.0) for name in names}
+    others = iter(lab.pieces(learn, [call(name, best[name], seed) for name in names for seed in lab.seeds[1:]]))
+    runs = {name: [first[name, best[name]]] + [next(others) for _ in lab.seeds[1:]] for name in names}
+    lab.note(f"{task}: held-out accuracy after about {budget:,} forward passes (dead groups and merged steps save "
+             f"some), m = {cfg.m}, n = {cfg.eval_n}, {rows} rollouts an update, LoRA, seeds {lab.seeds}: mean [lowest, "
+             "highest]. lr: the best for the first seed, whose accuracies at all rates stand behind")
+    lab.table(("estimator", "lr", "base", "trained", "then greedily", "updates", "passes", "s/update",
+               *(f"at {lr:.2g}" for lr in rates)), *(
+        (name, f"{best[name]:.2g}" if first[name, best[name]] else "-", *learning_row(name, runs[name])[1:],
+         *(spread([last(first[name, lr])]).split(" [")[0] for lr in rates)) for name in names))
+    return {name: seeds for name, seeds in runs.items() if any(seeds)}
+
+
+def draw_final(found):
+    """Accuracy at the end, a dot per seed; dashed: before training."""
+    def draw(fig):
+        axes = fig.subplots(1, len(found), squeeze=False)[0]
+        for ax, (task, runs) in zip(axes, found.items()):
+            order = sorted(runs, key=lambda name: np.mean([last(run) for run in runs[name] if run]))
+            for y, name in enumerate(order):
+                values = [last(run) for run in runs[name] if run]
+                color = figures.COLORS[1 if name == "AGRPO" else 0]
+                ax.plot(values, [y] * len(values), "o", ms=4, color=color, alpha=0.5)
+                ax.plot(np.mean(values), y, "|", ms=14, mew=2, color=color)
+            base = np.mean([run["evals"][0]["accuracy"] for seeds in runs.values() for run in seeds if run])
+            ax.axvline(base, ls="--", lw=1, color=figures.FAINT)
+            ax.set(yticks=range(len(order)), yticklabels=order, title=task, xlabel="held-out accuracy")
+    return draw
+
+
+@experiment("3 hours, in pieces", "--m 4 --k 2 --questions 10 --updates 60 --eval_n 400 --lr 1e-3",
+            "--updates 2 --questions 3 --eval_n 20")
+def compare(lab):
+    """Every estimator of lab/estimators.py: cosine to the exact gradient, bias and variance apart;
+    then learning at equal forward passes, each at the best of three learning rates."""
+    lab.say(*textwrap.wrap("Recipes and their sources: lab/estimators.py. JustGRPO: block_length 1, every step, "
+                           "divided by the group's std; its gradient is AGRPO's, exact.", 118))
+    gradients = compare_gradients(lab)
+    runs = {task: compare_learning(lab, task) for task in lab.tasks()}
+    runs = {task: found for task, found in runs.items() if found}
+    pictures = {}
+    if gradients:
+        pictures["plain"] = (draw_angles(gradients), 4.6)
+    if runs:
+        pictures["learning"] = (draw_final(runs), 3.8)
+    lab.finish(**pictures)
+
+
+# ==============================================================================================
+# k, order, steps, cost
+# ==============================================================================================
+
+@experiment("25 minutes", "--m 12 --k 2 --updates 60 --questions 10 --eval_n 400",
             "--m 4 --updates 2 --questions 3 --eval_n 20")
-def k_(lab):
-    """What does a larger k buy, at equal updates and at equal compute?"""
-    m = lab.config(k=1).m
-    variants = {f"all ({m})" if k == m else f"{k}": (dict(k=k), "agrpo") for k in sorted({1, 2, m // 2, m})}
-    runs = learning(lab, "k", variants, nominal_passes(lab.config(k=2)))
-    lab.finish(runs, draw_learning(runs))
+def k(lab):
+    """What does a larger k buy, at equal updates and at equal forward passes? The largest is every
+    step: k = m points through a uniform p_t hit each step once, with weight 1."""
+    cfg = lab.config()
+    m, passes = cfg.m, cfg.updates * (cfg.m + 3 * cfg.k)
+    all_steps = dict(k=m, follow="uniform")
+    chosen = {f"{n}": dict(k=n) for n in sorted({1, 2, m // 2})} | {f"all ({m})": all_steps}
+    runs = learning(lab, "k, equal updates", {name: (flags, "AGRPO") for name, flags in chosen.items()})
+    equal = {name: (dict(flags, updates=max(1, round(passes / (m + 3 * flags["k"])))), "AGRPO")
+             for name, flags in chosen.items()}
+    runs = learning(lab, "k, equal passes", equal)
+    lab.finish(plain=(draw_learning({f"k = {name}": seeds for name, seeds in runs.items()}), 3.2))
 
 
-def agreement(cfg, batches):
-    """Mean cosine between the exact gradients of two batches of rollouts: |signal|^2 / (|signal|^2 + |noise|^2), nearly."""
-    g = gradients(cfg, ["exact"], batches)[0]["exact"]
-    return float(np.mean([cosine(a, b) for a, b in itertools.combinations(g, 2)]))
-
-
-@experiment("about 12 minutes", "--m 4 --k 2 --updates 60 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
+@experiment("15 minutes", "--m 4 --k 2 --updates 150 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
 def order(lab):
-    """Learning with every order of unmasking: evaluated as it samples, and greedily by low confidence. And how noisy the
-    gradient of each is: the cosine between those of two batches of rollouts (every step, all parameters, base model)."""
-    variants = {rule: (dict(unmasking=rule), "agrpo") for rule in ("random", "entropy", "max_prob")}
-    variants |= {f"low_confidence, {what} scored": (dict(unmasking="low_confidence", score_discarded=all_of_it), "agrpo")
-                 for what, all_of_it in (("all", True), ("kept only", False))}
-    batches = 2 if lab.quick else 12
-    cosines = lab.over_seeds(agreement, {label: (dict(flags, lora_r=0), batches) for label, (flags, _) in variants.items()})
-    lab.note(f"cosine between the gradients of two batches of {lab.config().questions * lab.config().G} rollouts, mean over the "
-             f"pairs of {batches} batches; over {len(lab.seeds)} seeds: mean [lowest, highest]")
-    lab.table(("order of unmasking", "agreement"), *((label, spread(x, ".3f")) for label, x in cosines.items()))
-    runs = learning(lab, "order of unmasking", variants, 0)
-    lab.finish(dict(agreement=cosines, runs=runs), draw_learning(runs, compute=False))
+    """Learning with every order of unmasking, evaluated as it samples, and greedily by max_prob."""
+    variants = {rule: (dict(unmasking=rule), "AGRPO") for rule in agrpo.UNMASKING}
+    runs = learning(lab, "order of unmasking", variants)
+    lab.finish(plain=(draw_learning(runs, "update"), 3.0))
 
 
-# ---- steps ----------------------------------------------------------------------------------------------------------
+def accuracy_at_every_m(cfg, train):
+    """[(m, greedy, share right)] of the model of cfg, after training it if asked to."""
+    policy, data, test, params, optimizer = load(cfg)
+    for _ in agrpo.train(policy, data, cfg, params, optimizer) if train else ():
+        pass
+    return [(how.m, name == "greedy", agrpo.evaluate(policy, test, cfg, how, cfg.eval_n))
+            for name, how in cfg.cells()]
 
 
-def accuracy_at_every_m(cfg, updates):
-    """{(m, greedy): accuracy} of --adapter, of the base model (no update), or of adapters trained here."""
-    policy, data = load(cfg)
-    if updates:
-        train(policy, data, cfg)
-    return {(m, greedy): accuracy(policy, data, cfg, m, greedy) for greedy in (True, False)
-            for m in cli.that_divide(range(cfg.C, 0, -1), cfg.C, cfg.block_length, agrpo.steps_per_block)}
-
-
-@experiment("about 4 minutes", "--mode eval --updates 150 --eval_n 500", "--updates 2 --questions 3 --eval_n 20")
+@experiment("5 minutes", "--updates 150 --eval_n 500", "--updates 2 --questions 3 --eval_n 20")
 def steps(lab):
-    """Accuracy against denoising steps, base and trained: how many times fewer steps at equal accuracy?
+    """Accuracy against denoising steps, base and trained: how many times fewer at equal accuracy?
     --adapter A,B,... takes adapters of finished runs; without it one is trained per seed."""
-    cfg, given = lab.config(), (lab.config().adapter or "").split(",")
-    calls = [(lab.config(adapter=None), 0)] + ([(lab.config(adapter=folder), 0) for folder in given] if given[0] else
-                                               [(lab.config(seed=seed), 1) for seed in lab.seeds])
-    base, *trained = lab.map(accuracy_at_every_m, calls)
-    lab.note(f"held-out accuracy against denoising steps; {cfg.task}, C = {cfg.C}, n = {cfg.eval_n}; base: 95 % interval; trained "
-             f"at m = {cfg.m}, {len(trained)} adapters: mean [lowest, highest]. faster: the fewest steps at which the base is as "
-             "accurate, over these steps; surely: the same for the upper end of the base's interval and the lowest adapter")
+    cfg = lab.config()
+    folders = [folder for folder in cfg.adapter.split(",") if folder]
+    calls = [(replace(cfg, adapter=""), False)]
+    calls += [(replace(cfg, adapter=folder), False) for folder in folders]
+    calls += [] if folders else [(lab.config(seed=seed), True) for seed in lab.seeds]
+    base, *trained = ({(m, greedy): share for m, greedy, share in found or []}
+                      for found in lab.pieces(accuracy_at_every_m, calls))
+    n = cfg.eval_n
+    lab.note(f"held-out accuracy against denoising steps; {cfg.task}, C = {cfg.C}, n = {n}; base: 95 % interval; trained "
+             f"at m = {cfg.m}, {len(trained)} adapters: mean [lowest, highest]. faster: how many times more steps the base "
+             "needs to be as accurate; surely: the same for the upper end of its interval and the lowest adapter")
     for greedy in (True, False):
         rows, ms = [], sorted(m for m, g in base if g == greedy)
-        for m in ms[::-1]:
-            mine = [t[m, greedy]["accuracy"] for t in trained]
-            fewest = [next((b for b in ms if base[b, greedy][bound] >= goal), None)
-                      for bound, goal in (("accuracy", np.mean(mine)), ("high", min(mine)))]
-            b = base[m, greedy]
-            rows.append((m, f"{b['accuracy']:.1%} [{b['low']:.1%}, {b['high']:.1%}]", spread(mine),
-                         *(f"{f / m:.1f}x" if f else f"never, > {ms[-1] / m:.1f}x" for f in fewest)))
+        high = {m: agrpo.wilson(base[m, greedy] * n, n)[1] for m in ms}
+        for m in reversed(ms):
+            mine, low = [t.get((m, greedy)) for t in trained], agrpo.wilson(base[m, greedy] * n, n)[0]
+            goals = [x for x in mine if x is not None]
+            if goals:
+                fast = next((b for b in ms if base[b, greedy] >= np.mean(goals)), None)
+                sure = next((b for b in ms if high[b] >= min(goals)), None)
+                times = [f"{b / m:.1f}x" if b else f"never, > {ms[-1] / m:.1f}x" for b in (fast, sure)]
+                rows.append((m, f"{base[m, greedy]:.1%} [{low:.1%}, {high[m]:.1%}]", spread(mine), *times))
         lab.table(("steps, " + ("greedy" if greedy else "sampled"), "base", "trained", "faster", "surely"), *rows)
 
     def draw(fig):
         for ax, greedy in zip(fig.subplots(1, 2, sharey=True), (True, False)):
             ms = sorted(m for m, g in base if g == greedy)
-            y, low, high = (np.array([base[m, greedy][key] for m in ms]) for key in ("accuracy", "low", "high"))
-            ax.errorbar(ms, y, [y - low, high - y], fmt="o--", c="gray", ms=3, capsize=2, label="base")
-            y = np.array([[t[m, greedy]["accuracy"] for t in trained] for m in ms])
-            ax.plot(ms, y.mean(1), "o-", ms=3, label=f"trained at m = {cfg.m}")
-            ax.fill_between(ms, y.min(1), y.max(1), alpha=0.2)
-            ax.set(xscale="log", xlabel=f"denoising steps, {'greedy' if greedy else 'sampled'}", xticks=ms, xticklabels=ms)
+            y = np.array([[t[m, greedy] for m in ms] for t in trained if t])
+            ax.set(xscale="log", xlabel="denoising steps", title="greedy" if greedy else "as the rollouts sample")
+            ax.plot(ms, [base[m, greedy] for m in ms], "o--", ms=3.5, color=figures.COLORS[6], label="base")
+            figures.band(ax, ms, y, figures.COLORS[1], f"trained at m = {cfg.m}")
+            ax.set_xticks(ms, ms)
             ax.minorticks_off()
         fig.axes[0].set_ylabel("held-out accuracy")
-        fig.axes[0].legend(fontsize=7)
-    name = lambda cells: {f"{m} {'greedy' if g else 'sampled'}": x for (m, g), x in cells.items()}
-    lab.finish(dict(base=name(base), trained=[name(t) for t in trained]), draw)
+        fig.axes[0].legend()
+    lab.finish(plain=(draw, 3.0))
 
 
-# ---- cost -----------------------------------------------------------------------------------------------------------
-
-
-PARTS = {"rollout": (agrpo, "collect_rollouts"), "reward": (tasks, "grade_batch"),       # the inner one counts:
-         "forward": (agrpo, "accumulate_gradient"), "backward": (torch.Tensor, "backward"),      # reward, backward
-         "optimizer": (agrpo, "optimizer_step")}
-
-
-@contextmanager
-def parts_timed():
-    """Yields {part: seconds} that fills while the parts of an update run; the profiler sees them by the same names."""
-    seconds, running, originals = dict.fromkeys(PARTS, 0.0), [], {}
-
-    def timed(part, function):
-        def wrapped(*args, **more):
-            start = time.time()
-            running.append(0.0)
-            with torch.profiler.record_function(part):
-                result = function(*args, **more)
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-            spent, inner = time.time() - start, running.pop()
-            seconds[part] += spent - inner
-            if running:
-                running[-1] += spent
-            return result
-        return wrapped
-    for part, (owner, attribute) in PARTS.items():
-        originals[part] = getattr(owner, attribute)
-        setattr(owner, attribute, timed(part, originals[part]))
-    try:
-        yield seconds
-    finally:
-        for part, (owner, attribute) in PARTS.items():
-            setattr(owner, attribute, originals[part])
-
-
-def tensor_peaks(function, device):
-    """{part: MiB of tensors at its peak, beyond those alive before}: the allocator's own records, under `parts_timed`."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    with tempfile.TemporaryDirectory() as folder:
-        profiler.export_chrome_trace(f"{folder}/trace.json")
-        events = logbook.read_json(Path(folder) / "trace.json")["traceEvents"]
-    ranges = [(e["ts"], e["ts"] + e["dur"], e["name"]) for e in events if e.get("cat") == "user_annotation"]
-    peaks, start = dict.fromkeys(PARTS, 0.0), None
-    for e in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
-        if e["args"]["Device Type"] != (torch.device(device).type == "cuda"):
-            continue
-        start = e["args"]["Total Allocated"] - e["args"]["Bytes"] if start is None else start
-        inside = [(a, name) for a, b, name in ranges if a <= e["ts"] <= b and name in PARTS]
-        if inside:
-            part = max(inside)[1]                    # the one that began last
-            peaks[part] = max(peaks[part], (e["args"]["Total Allocated"] - start) / 2**20)
-    return peaks
-
-
-def cost_cell(cfg, updates):
-    """Mean seconds per update of each part, after one update to warm up; then its memory, in two updates of their own."""
-    policy, data = load(cfg)
-    cfg.updates = 1
-    train(policy, data, cfg)
-    cfg.updates, cfg.seed = updates, cfg.seed + 1
-    with parts_timed() as seconds:
-        history, _ = train(policy, data, cfg)
-        seconds = {part: x / updates for part, x in seconds.items()}
-        peaks = tensor_peaks(lambda: train(policy, data, replace(cfg, updates=min(2, updates))), policy.device)
-    mean = lambda name: float(np.mean([h[name] for h in history]))
-    live = cfg.questions * cfg.G * (1 - mean("dead_groups"))
-    return dict(seconds=seconds, mebibytes=peaks, pairs=mean("pairs"), dead=mean("dead_groups"),
-                passes=history[-1]["passes"] / updates, merged=max(0, 1 - mean("pairs") / max(live * cfg.k, 1)))
-
-
-@experiment("about 3 minutes", "", "--questions 3")
+@experiment("3 minutes", "--updates 6 --eval_n 1", "--updates 2 --questions 3")
 def cost(lab):
-    """Where do the seconds and the memory of an update go? One configuration per fresh process, one after the other: let
-    nothing else run on the machine."""
-    varied = [{}] + [dict(C=C) for C in (24, 48)] + [dict(m=m) for m in (4, 12)] + [dict(m=12, k=k) for k in (4, 12)]
-    varied += [dict(G=G) for G in (4, 16)]
-    varied = varied[:2] if lab.quick else varied
-    cfgs = [lab.config(**swept) for swept in varied]
-    cells = lab.map(cost_cell, [(cfg, 1 if lab.quick else 6) for cfg in cfgs], fresh=not lab.quick)
-    label = lambda cfg: f"{cfg.C} {cfg.m} {'all' if cfg.k == cfg.m else cfg.k} {cfg.G}"
-    lab.note(f"seconds per update of {cfgs[0].questions} questions; forward, backward: of the loss; passes: forward passes (a "
-             "backward counts 2); pairs: (row, step) pairs of the loss; dead: groups skipped; merged: timesteps drawn twice, "
-             "paid once")
-    lab.table(("C m k G", *PARTS, "total", "passes", "pairs", "dead", "merged"), *(
-        (label(cfg), *(f"{x['seconds'][part]:.3f}" for part in PARTS), f"{sum(x['seconds'].values()):.2f}",
-         f"{x['passes']:.0f}", f"{x['pairs']:.0f}", f"{x['dead']:.0%}", f"{x['merged']:.0%}") for cfg, x in zip(cfgs, cells)))
-    lab.note(f"peak memory per update, MiB of tensors beyond the model; micro-batches of {cfgs[0].micro_batch} pairs, rollouts of "
-             f"{cfgs[0].rollout_batch} rows at a time")
-    lab.table(("C m k G", *PARTS, "peak"), *(
-        (label(cfg), *(f"{x['mebibytes'][part]:.1f}" for part in PARTS), f"{max(x['mebibytes'].values()):.1f}")
-        for cfg, x in zip(cfgs, cells)))
-    lab.note(f"at the defaults the rollout is {cells[0]['seconds']['rollout'] / sum(cells[0]['seconds'].values()):.0%} of an update")
+    """Where do the seconds of an update go? One configuration after the other: let nothing else run
+    on the machine."""
+    lab.jobs = 1
+    varied = [{}, *(dict(C=C) for C in (24, 48)), *(dict(m=m) for m in (4, 12)), dict(m=12, k=4),
+              dict(m=12, k=12, follow="uniform"), dict(G=4), dict(G=16)]
+    cfgs = [lab.config(**flags) for flags in varied[:2 if lab.quick else None]]
+    lab.note(f"seconds per update of {cfgs[0].questions} questions, {torch.get_num_threads()} thread(s); passes: forward "
+             "passes (a state of the loss: 3); states: (row, step) pairs of the loss; dead: groups skipped; merged: "
+             "timesteps drawn twice, paid once")
+    rows = []
+    for cfg, run in zip(cfgs, lab.pieces(learn, [(cfg, "AGRPO") for cfg in cfgs])):
+        if run:
+            alive = cfg.questions * cfg.G * (1 - run["dead_groups"])
+            roll, loss = run["rollout_seconds"], run["loss_seconds"]
+            rows.append((f"{cfg.C} {cfg.m} {cfg.k} {cfg.G}", f"{roll:.3f}", f"{loss:.3f}", f"{roll / (roll + loss):.0%}",
+                         f"{run['evals'][-1]['passes'] / cfg.updates:.0f}", f"{run['pairs']:.0f}",
+                         f"{run['dead_groups']:.0%}", f"{max(0, 1 - run['pairs'] / max(1, alive * cfg.k)):.0%}"))
+    lab.table(("C m k G", "rollout", "loss", "rollout's share", "passes", "states", "dead", "merged"), *rows)
+    lab.finish()
+
+
+# ==============================================================================================
+# Pictures that explain, and finished runs in one picture
+# ==============================================================================================
+
+def some_rollout(cfg, which=3):
+    """policy, trajectory of one problem, the row to show, its title"""
+    policy, _, test, *_ = load(cfg)
+    example = test[which]
+    keys = [(cfg.seed, "picture", i) for i in range(cfg.G)]
+    traj, texts, grades = agrpo.write_answers(policy, [example], keys, cfg, cfg.how)
+    # A right one, and of those the one with the most to decide.
+    row = max(range(len(keys)), key=lambda i: (grades[i].correct, traj.entropy[i].sum().item()))
+    about = ", ".join(f"{name} {value}" for name, value in example.items() if len(str(value)) < 30)
+    return policy, traj, row, f"one rollout   ({about}; reward {grades[row].reward:.0f})"
+
+
+@experiment("seconds", "--m 12 --k 4 --questions 1")
+def rollout(lab):
+    """One rollout as a grid: step x position, what each step drew and how likely it was, p_t, the
+    drawn steps with their weights."""
+    cfg = lab.config()
+    policy, traj, row, title = some_rollout(cfg)
+    p = agrpo.timestep_probs(traj, cfg.follow)[row:row + 1]
+    offset = agrpo.row_random([(cfg.seed, "picture")])(1, 1)
+    _, steps, w = agrpo.sample_timesteps(p, cfg.k, offset)
+    names = figures.token_names(policy, traj.o[row])
+    drawn = dict(zip(steps.tolist(), w.tolist()))
+    lab.say(title, " ".join(names))
+    lab.table(("step", "drew", "log p", "p_t", "w"), *(
+        (t, " ".join(names[c] for c in range(cfg.C) if traj.step_of[row, c] == t),
+         f"{agrpo.per_step(traj, traj.logp_old)[row, t]:.2f}", f"{p[0, t]:.3f}", f"{drawn.get(t, 0):.2f}")
+        for t in range(cfg.m)))
+    lab.finish(plain=(lambda fig: figures.rollout_grid(fig, traj, row, names, p[0].tolist(), drawn, title), 4.2))
+
+
+@experiment("seconds", "--m 4 --k 2 --questions 1")
+def masks(lab):
+    """Which states one-step, ELBO and AGRPO score, of one rollout: strips of masks."""
+    cfg = lab.config()
+    policy, traj, row, title = some_rollout(cfg)
+    A = torch.ones(len(traj.o), dtype=torch.float64)
+    rand = agrpo.row_random([(cfg.seed, "masks", i) for i in range(len(A))])
+    recipes = {"one-step: everything masked, everything scored": (estimators.one_step, cfg),
+               f"ELBO, k = {cfg.k}: random tokens masked and scored, weighed by L / l": (estimators.elbo, cfg),
+               f"AGRPO, all m = {cfg.m} steps: the states that were there, what each drew":
+                   (estimators.step_merge, replace(cfg, k=cfg.m))}
+    strips = []
+    for name, (recipe, its) in recipes.items():
+        states = recipe(policy, traj, A, its, rand)
+        strips.append((name, states.hidden[row], states.w[row] / estimators.unit(traj)))
+        lab.say(name)
+        for hidden, w in zip(*strips[-1][1:]):
+            lab.say("    " + " ".join(f"{x:4.1f}" if x else " [M]" if h else "   ." for h, x in zip(hidden, w)))
+    names = figures.token_names(policy, traj.o[row])
+    lab.finish(plain=(lambda fig: figures.mask_strips(fig, strips, names), 3.6))
+
+
+def curves(argv):
+    """bash run.sh lab curves runs/countdown-0 runs/countdown-1 ...: the finished runs of each task
+    in one panel, seeds shaded."""
+    parser = agrpo.Parser(prog="bash run.sh lab curves", allow_abbrev=False, description=curves.__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="of finished runs; seeds are pooled")
+    parser.add_argument("--figures", action="store_true", help="keep it in lab/figures too")
+    parser.add_argument("--out", type=Path, default=Path("runs/lab"))
+    args, panels = parser.parse_args(argv), {}
+    for folder in args.folders:
+        if not (folder / "summary.json").is_file():
+            raise agrpo.UserError(f"{folder} has no summary.json: curves wants folders of finished runs, "
+                                  "as runs/countdown-0")
+        run = json.loads((folder / "summary.json").read_text())
+        panels.setdefault(f"{run['task']}, m = {run['evals'][0]['m']}", []).append(run["evals"])
 
     def draw(fig):
-        left, right = fig.subplots(1, 2, sharey=True)
-        y, start = np.arange(len(cells)), np.zeros(len(cells))
-        for part in PARTS:
-            x = np.array([cell["seconds"][part] for cell in cells])
-            left.barh(y, x, left=start, label=part)
-            start += x
-        for shift, label, part in ((-0.2, "rollout", "rollout"), (0.2, "loss", "backward")):
-            right.barh(y + shift, [cell["mebibytes"][part] for cell in cells], 0.4, label=label)
-        left.set(xlabel="seconds per update", yticks=y, yticklabels=[f"C {c.C}, m {c.m}, k {c.k}, G {c.G}" for c in cfgs])
-        right.set(xlabel="peak MiB of tensors beyond the model")
-        left.invert_yaxis()
-        for ax in (left, right):
-            ax.legend(fontsize=7)
-    lab.finish([dict(cell, C=cfg.C, m=cfg.m, k=cfg.k, G=cfg.G) for cfg, cell in zip(cfgs, cells)], draw)
-
-
-# ---- signatures -----------------------------------------------------------------------------------------------------
-
-ONE_PROBLEM = {"nums": [3, 5, 7], "target": 56}
-NOISY = dict(task="sudoku", unmasking="random", m=20, questions=2, updates=100)
-PROVOCATIONS = [                                     # signature, what is done to the run, flags, how
-    (None, "nothing: the defaults", {}, "agrpo"),
-    ("spike", "k = 1 of m = 20, uniform iid", NOISY | dict(k=1, timesteps="uniform", points="iid"), "agrpo"),
-    (None, "the same with k = m", NOISY | dict(k=20), "agrpo"),
-    ("spike", "weights unbounded: p_t falls with the entropy", dict(m=12, k=2, questions=2), "inverse entropy"),
-    ("entropy", "one training problem, --m 1 --G 80", dict(train_file="one-problem.jsonl", m=1, questions=1, G=80, lr=1e-3),
-     "agrpo"),
-    ("eos", "a head in love with EOS: its bias + 30", {}, "EOS head"),
-    ("dead", "rollouts alike: --m 12 --G 2 --temperature 0.1", dict(m=12, G=2, temperature=0.1), "agrpo"),
-    ("clip", "--mu 8 --lr 2e-2", dict(mu=8, lr=2e-2), "agrpo"),
-]
-
-
-def provoke(cfg, how):
-    policy, data = load(cfg)
-    if how == "EOS head":                            # as LLaDA is by itself with one block for the whole completion
-        policy.model.get_output_embeddings().bias.data[policy.eos_id] += 30
-        how = "agrpo"
-    return train(policy, data, cfg, how)[0]
-
-
-@experiment("about 8 minutes", "--updates 40 --questions 10", "--updates 3 --questions 3")
-def signatures(lab):
-    """Provoke each failure: does the warning of agrpo.py's log (logbook.signatures) name it, and when?"""
-    lab.out.mkdir(parents=True, exist_ok=True)
-    logbook.write_lines(lab.out / "one-problem.jsonl", [ONE_PROBLEM])
-
-    def adapted(flags):                              # --quick keeps sizes of its own; the file is in --out
-        kept = {name: x for name, x in flags.items() if not (lab.quick and name in ("updates", "questions", "G"))}
-        return kept | ({"train_file": str(lab.out / flags["train_file"])} if "train_file" in flags else {})
-    provoked = lab.over_seeds(provoke, {cause: (adapted(flags), how) for _, cause, flags, how in PROVOCATIONS})
-    rows, results = [], []
-    for wanted, cause, flags, how in PROVOCATIONS:
-        runs = provoked[cause]
-        named = [next((h["update"] for h in run for kind, _ in h["warnings"] if kind == wanted), None) for run in runs]
-        others = sorted({kind for run in runs for h in run for kind, _ in h["warnings"]} - {wanted})
-        rows.append((wanted or "none", cause, " ".join(str(n or "-") for n in named), len(runs[0]), ", ".join(others) or "-"))
-        results.append(dict(wanted=wanted, cause=cause, flags=flags, how=how, named=named, runs=runs))
-    lab.note(f"the update at which the warning first came (-: never), for each of the seeds {lab.seeds}; and how many there were")
-    lab.table(("signature", "provoked by", "named at update", "of", "other warnings"), *rows)
-    texts = {kind: text for x in results for run in x["runs"] for h in run for kind, text in h["warnings"]}
-    lab.say("", *(f"warning: {text}"[:118] for _, text in sorted(texts.items())))
-
-    show = dict(                                     # what each warning looks at
-        spike=("gradient norm / median", lambda run: [h["grad_norm"] / np.median([x["grad_norm"] for x in run]) for h in run]),
-        entropy=("entropy / first", lambda run: [h["entropy"] / run[0]["entropy"] for h in run]),
-        eos=("EOS in late steps", lambda run: [h["late_eos"] for h in run]),
-        dead=("dead groups", lambda run: [h["dead_groups"] for h in run]),
-        clip=("clipped tokens", lambda run: [h["clip_low"] + h["clip_high"] for h in run]))
-
-    def draw(fig):
-        shown = [x for x in results if x["wanted"]]
-        for ax, x in zip(fig.subplots(2, -(-len(shown) // 2)).flat, shown):
-            name, value = show[x["wanted"]]
-            for runs, color in ((results[0]["runs"], "gray"), (x["runs"], "C0")):
-                for i, run in enumerate(runs):
-                    ax.plot(range(1, len(run) + 1), value(run), c=color, lw=0.8,
-                            label=None if i else {"gray": "the defaults", "C0": "provoked"}[color])
-            ax.axhline(logbook.WARNINGS[x["wanted"]], ls="--", lw=0.8, c="C3", label="warning")
-            ax.set_title(textwrap.shorten(x["cause"], 44, placeholder=" ..."), fontsize=6)
-            ax.set_ylabel(name, fontsize=7)
-            ax.tick_params(labelsize=6)
-            if x["wanted"] in ("spike", "entropy"):
-                ax.set_yscale("log")
-                ax.set_ylim(*((0.05, 100) if x["wanted"] == "spike" else (1e-3, 3)))
-        fig.axes[0].legend(fontsize=5)
-        fig.supxlabel("update", fontsize=7)
-    lab.finish(results, draw)
-
-
-# ---- command line ---------------------------------------------------------------------------------------------------
+        for ax, (title, runs) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+            x = [e["update"] for e in min(runs, key=len)]
+            y = np.array([np.interp(x, [e["update"] for e in run], [e["accuracy"] for e in run]) for run in runs])
+            figures.band(ax, x, y, figures.COLORS[1])
+            ax.axhline(y[:, 0].mean(), ls="--", lw=1, color=figures.FAINT)
+            ax.set(title=f"{title}, {len(runs)} seed(s); dashed: the base model", ylim=(0, 1),
+                   xlabel="update", ylabel="held-out accuracy")
+    for folder in [args.out] + [ROOT / "lab" / "figures"] * args.figures:
+        figures.save(folder / "curves.png", draw, 3.0)
+    for title, runs in panels.items():
+        print(f"{title}: {spread([run[0]['accuracy'] for run in runs])} -> "
+              f"{spread([run[-1]['accuracy'] for run in runs])}, {len(runs)} seed(s): mean [lowest, highest]")
+    print(f"written: {args.out}/curves.png")
+    return 0
 
 
 def main(argv=None):
@@ -577,12 +808,15 @@ def main(argv=None):
         return curves(argv)
     if name not in EXPERIMENTS:
         print(__doc__)
-        print("On 2 idle CPU cores:", ", ".join(f"{n} {x[1]}" for n, x in EXPERIMENTS.items()))
+        for each, (function, minutes, *_) in EXPERIMENTS.items():
+            print(f"  {each:<11} {minutes:<19} {' '.join(function.__doc__.split())[:84]}")
+        print("  curves      seconds             finished runs in one picture: lab curves runs/countdown-0 ...")
+        print("\nTimes on 2 idle CPU cores.")
         return 0 if name in ("-h", "--help") else 2
     lab = Lab(name, argv)
-    lab.function(lab)
+    EXPERIMENTS[name][0](lab)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli.in_one_sentence(main))
+    sys.exit(agrpo.in_one_sentence(main))

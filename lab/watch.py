@@ -1,58 +1,186 @@
-"""`bash run.sh watch`: one held-out problem, denoised step by step in the terminal. The flags are those of agrpo.py:
+"""Watch held-out problems being denoised step by step, in the terminal or as a GIF.
 
-    bash run.sh watch --task sudoku --m 4 --seed 1                                another problem and other draws
-    bash run.sh watch --adapter runs/countdown/adapter                            a trained model
-    bash run.sh watch --temperature 0 --unmasking low_confidence                  as evaluation decodes
+    bash run.sh watch --task sudoku --m 4 --problem 1
+    bash run.sh watch --adapter runs/countdown-0/adapter    a trained model
+    bash run.sh watch --gif                                 base and trained side by side
+
+The GIF shows base and trained model writing the same six problems with the same draws; the adapter
+is the one in --adapter [runs/TASK-SEED/adapter].
 """
+import argparse
+import io
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import agrpo
 import tasks
-from lab import cli, models
-from lab.logbook import cut, printable, token_texts
 
-NEW, PLAIN = ("\033[1;32m", "\033[0m") if sys.stdout.isatty() and "NO_COLOR" not in os.environ else ("", "")
-
-
-def states(traj, policy):
-    """Yield (step, text of x_t with what the step before revealed highlighted, entropy of that step's draws)."""
-    tokens, glue = token_texts(policy.tokenizer, traj.o[0])
-    tokens = [printable(token) for token in tokens]
-    step_of, n = traj.step_of[0].tolist(), int(traj.n[0])
-    for t in range(n + 1):
-        shown = [(NEW + token + PLAIN if step == t - 1 else token) if step < t or t == n else "_"
-                 for token, step in zip(tokens, step_of)]
-        yield t, glue.join(shown), traj.entropy[0, t - 1].sum().item() if t else None
+COLOURS = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+NEW, PLAIN = ("\033[1;32m", "\033[0m") if COLOURS else ("", "")
+MOST_STATES = 24                       # of a long rollout, evenly spaced
+PROBLEMS = 6                           # in a GIF
 
 
-def watch(cfg):
-    data = agrpo.load_data(cfg, "test")
-    example = data[cfg.seed % len(data)]
-    policy = agrpo.Policy(*models.load_model(cfg), cfg.device)
-    prompt = policy.encode(cfg.task, example)
-    models.preflight(policy, prompt)
-    models.load_adapter(policy, cfg)
-    batch = policy.pad([prompt])
-    traj = agrpo.rollout(policy, batch.q, batch.q_mask, C=cfg.C, m=cfg.m, block_length=cfg.block_length,
-                         mask_id=policy.mask_id, eos_id=policy.eos_id, temperature=cfg.temperature, top_k=cfg.top_k,
-                         top_p=cfg.top_p, unmasking=cfg.unmasking, rand=agrpo.row_random([(cfg.seed, "watch")]))
-    text = policy.decode(traj.o)[0]
-    grade = tasks.grade_batch(cfg.task, [text], [example])[0]
+def parse(argv):
+    """Flags -> (Config, first problem, path of the GIF or None). All of agrpo.py's flags, too."""
+    parser = agrpo.Parser(prog="bash run.sh watch", allow_abbrev=False, description=__doc__,
+                          formatter_class=argparse.RawDescriptionHelpFormatter,
+                          epilog="further flags: those of python agrpo.py --help")
+    parser.add_argument("--problem", type=int, default=0, help="which held-out problem [0]")
+    parser.add_argument("--gif", nargs="?", const="", metavar="FILE", help="[runs/TASK-SEED.gif]")
+    own, rest = parser.parse_known_args(argv)
+    cfg = agrpo.parse([*rest, "--updates", "0"])
+    if own.gif is None:
+        return cfg, own.problem, None
+    cfg.adapter = cfg.adapter or f"{cfg.out}/adapter"
+    if not (Path(cfg.adapter).expanduser() / "adapter_config.json").exists():
+        raise agrpo.UserError(f"--gif shows base beside trained, and there is no adapter in {cfg.adapter}: "
+                              f"train first (bash run.sh {cfg.task}), or give --adapter FOLDER")
+    path = Path(own.gif or f"{cfg.out}.gif").expanduser()
+    if path.suffix != ".gif":
+        raise agrpo.UserError(f"--gif {own.gif} is no name of a GIF: give one that ends in .gif")
+    return cfg, own.problem, path
 
-    print(f"{cfg.task}, problem {cfg.seed % len(data)} of {data.source} | {cfg.model} {cfg.adapter or '(base model)'}")
-    print(f"m = {cfg.m} steps of {cfg.C // cfg.m} tokens, {cfg.unmasking} unmasking, temperature {cfg.temperature:g}\n")
-    print(policy.tokenizer.decode(prompt, skip_special_tokens=True), "\n")
-    for t, state, entropy in states(traj, policy):
-        print(f"x_{t:<3} {'' if entropy is None else f'H {entropy:5.2f}':8} {state}")
-    print("     H: entropy of what the step drew, summed over its tokens, in nats\n")
-    print(f"answer   {cut(text, 110)}")
-    print(f"checker  read {cut(repr(grade.parsed), 60)}: {grade.reason}")
-    print(f"         {'right' if grade.correct else 'wrong'}, reward {grade.reward:.2f}")
+
+class Written(NamedTuple):
+    """One rollout, to be shown."""
+    traj: agrpo.Trajectory             # of one row
+    text: str
+    grade: tasks.Grade
+    words: list                        # each token as safe text, filling as a dot
+    glue: str                          # what stands between two tokens
+    states: list                       # (t, of each token "masked", "new" or "old"), x_0 to the end
+
+
+def write_one(policy, data, number, cfg):
+    """Write one answer, with the draws of agrpo's own evaluation."""
+    keys = [(cfg.seed, "evaluation", cfg.m, number)]
+    traj, texts, grades = agrpo.write_answers(policy, [data[number]], keys, cfg, cfg.how)
+    ids, step_of = traj.o[0].tolist(), traj.step_of[0].tolist()
+
+    texts_of = [policy.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
+    whole = policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    glue = "" if "".join(texts_of) == whole else " "            # do tokens bring their spaces?
+    words = ["·" if i in policy.fill_ids else tasks.printable(text) for i, text in zip(ids, texts_of)]
+
+    # A row that ended early has tokens that no step drew: they come with the finished text.
+    last = max((step for step in step_of if step < cfg.m), default=0) + 1
+    states, before = [], 0
+    for t in [*range(0, last, -(-last // MOST_STATES)), last]:
+        states.append((t, ["masked" if step >= t and t < last else
+                           "new" if before <= step < t else "old" for step in step_of]))
+        before = t
+    return Written(traj, texts[0], grades[0], words, glue, states)
+
+
+# --- In the terminal --------------------------------------------------------------------------
+
+def show(policy, data, number, cfg, source):
+    """Print one rollout and what the checker made of it."""
+    it = write_one(policy, data, number, cfg)
+    prompt = it.traj.q[0][it.traj.q_mask[0] > 0]
+    print(f"{cfg.task}, problem {number} of {source} | {cfg.model} {cfg.adapter or '(base model)'}")
+    print(f"m = {cfg.m} steps of {cfg.how.W} tokens, {cfg.unmasking} unmasking, temperature "
+          f"{cfg.temperature:g}\n")
+    print(tasks.printable(policy.tokenizer.decode(prompt, skip_special_tokens=True)), "\n")
+    for t, kinds in it.states:
+        drawn = it.traj.entropy[0][it.traj.step_of[0] == t - 1].sum().item()
+        words = ["_" if kind == "masked" else NEW + word + PLAIN if kind == "new" else word
+                 for word, kind in zip(it.words, kinds)]
+        print(f"x_{t:<3} {f'H {drawn:5.2f}' if t else '':8} {it.glue.join(words)}")
+    print("     _ masked, · filling; H: entropy of what the step before drew, in nats, summed\n")
+    print(f"answer   {agrpo.cut(it.text, 110)}")
+    print(f"checker  read {agrpo.cut(repr(it.grade.parsed), 60)}: {agrpo.cut(it.grade.reason, 40)}")
+    print(f"         {'right' if it.grade.correct else 'wrong'}, reward {it.grade.reward:.2f}")
+
+
+# --- As a GIF ---------------------------------------------------------------------------------
+
+WIDTH, MARGIN, LINE = 400, 15, 30      # pixels: of one panel, around it, from line to line
+TEXT, PALE, RIGHT, WRONG = "#1f2328", "#656d76", "#1a7f37", "#cf222e"
+BOX = {"masked": "#d0d7de", "new": "#aceebb", "old": "#ffffff"}
+
+
+def font(size, name="DejaVu Sans Mono"):
+    from matplotlib import font_manager
+    from PIL import ImageFont
+
+    return ImageFont.truetype(font_manager.findfont(name), size)    # comes with matplotlib
+
+
+def place(it):
+    """(x, y, width) of each token in its panel; a masked one takes the room of what comes."""
+    x, y, places = 0, 0, []
+    for word in it.words:
+        width = font(15).getlength(word or " ") + 4
+        if x and x + width > WIDTH:
+            x, y = 0, y + LINE
+        places.append((x, y, width))
+        x += width + 4 * len(it.glue)
+    return places
+
+
+def draw_panel(draw, left, title, it, i):
+    """One model's half of a frame: its state i and, at the end, the verdict."""
+    draw.text((left, 50), title, fill=TEXT, font=font(16, "DejaVu Sans:bold"))
+    _, kinds = it.states[min(i, len(it.states) - 1)]
+    places = place(it)
+    for word, kind, (x, y, width) in zip(it.words, kinds, places):
+        box = (left + x, 80 + y, left + x + width, 104 + y)
+        draw.rounded_rectangle(box, 4, fill=BOX[kind])
+        if kind != "masked":
+            draw.text((box[0] + 2, box[1] + 3), word, fill=TEXT, font=font(15))
+    if i >= len(it.states) - 1:
+        verdict = "right" if it.grade.correct else f"wrong: {agrpo.cut(it.grade.reason, 34)}"
+        ink = RIGHT if it.grade.correct else WRONG
+        draw.text((left, 114 + places[-1][1]), verdict, fill=ink, font=font(15))
+
+
+def gif(policy, data, first, cfg, path):
+    """Base and trained model on the same problems, with the same draws: a frame a step."""
+    from PIL import Image, ImageDraw
+
+    pairs = []
+    for number in range(first, min(first + PROBLEMS, len(data))):
+        with policy.reference():
+            base = write_one(policy, data, number, cfg)
+        pairs.append((number, base, write_one(policy, data, number, cfg)))
+    lowest = max(y for _, *both in pairs for it in both for _, y, _ in place(it))
+    size = (2 * WIDTH + 3 * MARGIN, lowest + 114 + LINE + MARGIN)
+
+    frames, times = [], []
+    for number, base, trained in pairs:
+        question = tasks.TASKS[cfg.task].prompt(data[number])[-1]["content"]
+        count = max(len(base.states), len(trained.states))
+        for i in range(count):
+            frames.append(Image.new("RGB", size, "white"))
+            draw = ImageDraw.Draw(frames[-1])
+            draw.text((MARGIN, 16), agrpo.cut(question, 84), fill=PALE, font=font(15))
+            draw_panel(draw, MARGIN, f"base, m = {cfg.m}", base, i)
+            draw_panel(draw, 2 * MARGIN + WIDTH, f"trained, m = {cfg.m}", trained, i)
+            times.append(2000 if i == count - 1 else 800)      # milliseconds
+    path.parent.mkdir(parents=True, exist_ok=True)
+    blob = io.BytesIO()
+    frames[0].save(blob, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    agrpo.write(path, blob.getvalue())
+    right = [sum(pair[side].grade.correct for pair in pairs) for side in (1, 2)]
+    print(f"right of {len(pairs)} problems: base {right[0]}, trained {right[1]}; written: {path}")
+
+
+def run(cfg, number, path):
+    data = tasks.load(cfg.task, "test", file=cfg.test_file or None, **cfg.options)
+    if not 0 <= number < len(data):
+        raise agrpo.UserError(f"--problem {number} is not there: choose 0 to {len(data) - 1}")
+    policy = agrpo.load_policy(cfg)
+    if path:
+        gif(policy, data, number, cfg, path)
+    else:
+        show(policy, data, number, cfg, data.source)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(cli.in_one_sentence(lambda: watch(agrpo.configure(sys.argv[1:] + ["--mode", "eval"]))))
+    sys.exit(agrpo.in_one_sentence(lambda: run(*parse(sys.argv[1:]))))

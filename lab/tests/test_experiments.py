@@ -1,180 +1,432 @@
-"""Every experiment runs from its flags to its files, and its estimators are what their formulas say. Random tiny model."""
+"""The laboratory: each estimator is what its recipe says, by hand or by enumeration on a toy, and
+each experiment runs from its flags to its files.
+
+The toy has three tokens and [MASK], C = 3, in float64, so that every trajectory of random unmasking
+can be written down: all texts times all orders.
+"""
+import itertools
 import json
-import types
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import agrpo
-import tasks
-from lab import estimators, experiments, harness, make_tiny
-from lab.cli import UserError
+import estimators
+import experiments
+import figures
+
+MASK, EOS, A_, B_ = 0, 1, 2, 3
+C, P, V = 3, 2, 4
+TEXTS = torch.cartesian_prod(*[torch.tensor([EOS, A_, B_])] * C)                # (27, C)
+ORDERS = {3: torch.tensor(list(itertools.permutations(range(3)))),              # m -> step_of
+          1: torch.zeros(1, C, dtype=torch.long)}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    torch.manual_seed(0)
-    path, tokenizer = tmp_path_factory.mktemp("model"), make_tiny.make_tokenizer()
-    make_tiny.make_model(tokenizer).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+class Any_:
+    """A bidirectional model whose conditionals belong to no joint distribution."""
+    mask_id, eos_id = MASK, EOS
+
+    def __init__(self):
+        draw = torch.Generator().manual_seed(0)
+        self.a = torch.randn(P + C, V, 6, generator=draw, dtype=torch.float64).requires_grad_()
+        self.b = torch.randn(P + C, 6, V, generator=draw, dtype=torch.float64).requires_grad_()
+        self.params, self.rows = [self.a, self.b], 0
+        self.model = SimpleNamespace(parameters=lambda: self.params)
+
+    def __call__(self, ids, mask, positions, block):
+        self.rows += len(ids)
+        hidden = torch.tanh(self.a[torch.arange(ids.shape[1]), ids].sum(dim=1))
+        every = torch.einsum("nd,ldv->nlv", hidden, self.b)
+        return every[torch.arange(len(ids))[:, None], positions]
 
 
-@pytest.fixture
-def alive(monkeypatch):
-    """A random model never answers, and equal rewards have no gradient: pay for even tokens here."""
-    def grade(task, texts, examples):
-        scores = [sum(word.isdigit() and int(word) % 2 == 0 for word in text.split()) for text in texts]
-        return [tasks.Grade(float(s), s > 2, 0.0, "", "") for s in scores]
-    monkeypatch.setattr(tasks, "grade_batch", grade)
+class Joint(Any_):
+    """The conditionals of one joint distribution over texts: they agree whatever the order."""
+
+    def __init__(self):
+        draw = torch.Generator().manual_seed(1)
+        self.theta = torch.randn(len(TEXTS), generator=draw, dtype=torch.float64).requires_grad_()
+        self.params = [self.theta]
+
+    def __call__(self, ids, mask, positions, block):
+        x = ids[:, None, P:]
+        possible = ((x == MASK) | (x == TEXTS)).all(dim=2)                      # (N, 27)
+        joint = torch.where(possible, self.theta, -1e4)
+        named = TEXTS.T[:, None] == torch.arange(V)[None, :, None]              # (C, V, 27)
+        every = torch.where(named, joint[:, None, None], -1e4).logsumexp(dim=3)  # (N, C, V)
+        return every[torch.arange(len(ids))[:, None], positions - P]
 
 
-@pytest.fixture(scope="module")
-def scene(folder):
-    """Policy with all parameters trained, one batch of rollouts, advantages."""
-    cfg = agrpo.configure(["--model", folder, "--device", "cpu", "--m", "4", "--k", "2", "--questions", "2", "--G", "3",
-                           "--lora_r", "0"])
-    policy, data = experiments.load(cfg)
-    (keys, traj), = agrpo.collect_rollouts(policy, data["train"], cfg, 0)[0]
-    adv = torch.tensor([1.0, -0.5, 0.0, 2.0, -1.0, -1.5]).double()
-    return types.SimpleNamespace(cfg=cfg, policy=policy, traj=traj, adv=adv, keys=keys)
+def reward(o):
+    return sum((i + 1.5) * math.sin(1.3 * token * (i + 1)) for i, token in enumerate(o.tolist()))
 
 
-def gradient(scene, estimate):
-    scene.policy.model.zero_grad()
+def every_trajectory(policy, m):
+    """All trajectories of random unmasking, A = reward x probability x rows, and the gradient of
+    the expected reward over m, by differentiating the enumeration."""
+    how = agrpo.Decoding(C=C, m=m, block_length=C)
+    o, step_of = TEXTS.repeat(len(ORDERS[m]), 1), ORDERS[m].repeat_interleave(len(TEXTS), 0)
+    B, q = len(o), torch.tensor([[A_, B_]]).expand(len(o), P)
+    zeros = torch.zeros(B, C, dtype=torch.float64)
+    traj = agrpo.Trajectory(q, torch.ones_like(q), o, step_of, zeros, zeros, None, how)
+    logp = zeros
+    for t in range(m):
+        found, _ = agrpo.step_logprobs(policy, traj, torch.arange(B), torch.full((B,), t))
+        where = (step_of == t).nonzero()[:, 1].view(B, -1)
+        logp = logp.scatter(1, where, found)
+    probability = logp.sum(dim=1).exp() / len(ORDERS[m])
+    assert probability.sum().item() == pytest.approx(1, abs=1e-12)
+    J = (probability * torch.tensor([reward(x) for x in o]).double()).sum()
+    grads = torch.autograd.grad(J, policy.params)
+    A = torch.tensor([reward(x) for x in o]).double() * probability.detach() * B
+    traj = traj._replace(logp_old=logp.detach(), entropy=1 - logp.detach())
+    return traj, A, torch.cat([g.flatten() for g in grads]) / m
+
+
+def gradient(policy, estimate):
+    """What `estimate` adds to .grad, with the sign of J."""
+    for p in policy.params:
+        p.grad = None
     estimate()
-    g = torch.cat([p.grad.flatten() for p in scene.policy.model.parameters()])
-    scene.policy.model.zero_grad()
-    return g
+    return -torch.cat([p.grad.flatten() for p in policy.params])
 
 
-@pytest.mark.parametrize("name", harness.EXPERIMENTS)
-def test_an_experiment_prints_its_table_and_writes_its_files(name, folder, alive, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(harness, "ROOT", tmp_path)                               # --figures must not touch the real ones
-    flags = [name, "--quick", "--model", folder, "--out", str(tmp_path), "--jobs", "1", "--seeds", "1", "--eval_n", "1",
-             "--questions", "2", "--G", "3", "--updates", "1", "--figures"]
-    assert experiments.main(flags) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert max(map(len, printed)) <= 120 + len(str(tmp_path))                    # the command line holds the folder
-    saved = json.loads((tmp_path / f"{name}.json").read_text())
-    assert {"command", "seeds", "hardware", "config", "results", "table"} <= set(saved) and saved["seeds"] == [0]
-    kept = (tmp_path / "lab" / "figures" / f"{name}.txt").read_text()
-    assert kept.startswith(f"$ bash run.sh lab {name} --quick") and kept.endswith("\n".join([*saved["table"], ""]))
-    assert (tmp_path / f"{name}.png").stat().st_size > 5000 and (tmp_path / "lab" / "figures" / f"{name}.png").is_file()
+def config(**more):
+    return SimpleNamespace(**{**dict(k=2, G=3, eps=0.2, micro_batch=50, follow="surprise"), **more})
 
 
-def test_the_sum_over_pairs_of_every_estimate_is_unbiased(scene):
-    """Weights are 1 on average for every sampler, the Gram matrix is that of the gradients' sum."""
-    m, adv, traj = scene.cfg.m, scene.adv, scene.traj
-    pairs, gram = estimators.pair_gradients(scene.policy, scene.cfg, traj, adv)
-    assert len(pairs) == 5 * m                                                   # the row with A = 0 is left out
-    g = gradient(scene, lambda: agrpo.accumulate_gradient(
-        scene.policy, traj, adv, k=0, rows_total=1, mask_id=scene.policy.mask_id, eos_id=scene.policy.eos_id))
-    assert gram.sum().item() == pytest.approx((g * m).double().square().sum().item(), rel=1e-4)
-    norms = torch.zeros(len(adv) * m).double().index_copy(0, pairs, gram.diagonal().sqrt()).view(-1, m)
-    weights = estimators.timestep_weights(scene.policy, scene.cfg, traj, norms)
+def close(a, b, tolerance=1e-9):
+    return ((a - b).norm() / b.norm()).item() < tolerance
+
+
+def run(name, policy, traj, A, cfg, rand=agrpo.uniforms):
+    return gradient(policy, lambda: estimators.ESTIMATORS[name](policy, traj, A, cfg, rand))
+
+
+def by_recipe(recipe, policy, traj, A, cfg, rand=agrpo.uniforms, **options):
+    states = recipe(policy, traj, A, cfg, rand, **options)
+    return gradient(policy, lambda: estimators.score(policy, traj, cfg, states))
+
+
+# --- On the states of the rollout -------------------------------------------------------------
+
+def test_all_segments_merged_into_none_is_the_exact_gradient():
+    policy = Any_()
+    traj, A, want = every_trajectory(policy, 3)
+    assert close(run("every step", policy, traj, A, config()), want)
+    assert close(by_recipe(estimators.step_merge, policy, traj, A, config(), N=3), want)
+    assert close(run("EGSPO", policy, traj, A, config(k=3)), want)
+    certain = dict(sure=2.0, eos="all")                         # no later token is sure enough
+    assert close(by_recipe(estimators.rldf, policy, traj, A, config(k=3), **certain), want)
+    everyone = config(k=3, follow="uniform")                    # k = m points hit each step once
+    assert close(run("AGRPO", policy, traj, A, everyone), want)
+
+
+def test_one_segment_is_the_one_step_likelihood_without_prompt_masking():
+    policy = Any_()
+    traj, A, want = every_trajectory(policy, 3)
+    merged = by_recipe(estimators.step_merge, policy, traj, A, config(), N=1)
+    one = by_recipe(estimators.one_step, policy, traj, A, config(), p_mask=0.0, eos="all")
+    assert close(merged, one)
+    assert not close(merged, want, 0.1)                         # and it is another gradient
+
+
+def test_step_merge_and_the_official_length_norm_are_biased():
+    policy = Any_()
+    traj, A, want = every_trajectory(policy, 3)
+    assert not close(by_recipe(estimators.step_merge, policy, traj, A, config(), N=2), want, 0.01)
+    found = run("official", policy, traj, A, config(k=300))     # many points: only bias is left
+    cosine = torch.nn.functional.cosine_similarity(found, want, dim=0)
+    assert 0.8 < cosine < 0.995
+
+
+def test_scored_at_one_is_agrpo_where_the_temperature_is_one():
+    policy = Any_()
+    traj, A, want = every_trajectory(policy, 3)
+    keys = [(i,) for i in range(len(A))]
+    agrpos = run("AGRPO", policy, traj, A, config(), agrpo.row_random(keys))
+    assert close(run("scored at T = 1", policy, traj, A, config(), agrpo.row_random(keys)), agrpos)
+    cold = traj._replace(how=replace(traj.how, temperature=0.6))
+    assert close(run("scored at T = 1", policy, cold, A, config(), agrpo.row_random(keys)), agrpos)
+
+
+# --- Likelihoods of the finished text ---------------------------------------------------------
+
+def every_mask(rows, k=1):
+    """The draws of `elbo`, k = 1: each l and each ranking of the places once."""
+    for l, rank in itertools.product(range(C), itertools.permutations(range(C))):
+        draws = iter([torch.full((rows, k), (l + 0.5) / C).double(),
+                      (torch.tensor(rank).double() / C).expand(rows, k, C)])
+        yield lambda *shape, draws=draws: next(draws)
+
+
+def mean_elbo(policy, traj, A):
+    found = [run("ELBO", policy, traj, A, config(k=1), rand) for rand in every_mask(len(A))]
+    return sum(found) / len(found)
+
+
+def test_elbo_is_exact_at_one_token_a_step_if_the_conditionals_agree():
+    """It averages the steps' scores over all orders; the exact gradient takes the orders that the
+    text came in. For conditionals of one joint distribution these are the same."""
+    for policy, m, exact in ((Joint(), 3, True), (Any_(), 3, False), (Joint(), 1, False)):
+        traj, A, want = every_trajectory(policy, m)
+        found = mean_elbo(policy, traj, A) * m / C
+        assert close(found * C / m, want) == exact
+
+
+def test_espo_has_the_mean_of_the_elbo():
+    policy = Any_()
+    traj, A, _ = every_trajectory(policy, 3)
+    B, found = len(A), []
+    for j, rank in itertools.product(range(C + 1), itertools.permutations(range(C))):
+        draws = iter([torch.full((B, 1), (j + 1e-6) / (C + 1)).double(),
+                      (torch.tensor(rank).double() / C).expand(B, 1, C)])
+        found.append(run("ESPO", policy, traj, A, config(), lambda *shape: next(draws)))
+    assert close(sum(found) / len(found), mean_elbo(policy, traj, A))
+
+
+@pytest.mark.parametrize("name, total", [
+    ("one-step", 1), ("wd1", 1), ("coupled", 1), ("ELBO", 1), ("ESPO", 1), ("GDSD", 0.5), ("SPG", 1),
+    ("step-merge", 1), ("GDPO", 0.87)])
+def test_what_a_token_weighs_on_average(name, total):
+    """Of 12 tokens without EOS each counts u, whatever the masks; GDPO's floor loses 13 %."""
+    B, length = 3000, 12
     torch.manual_seed(0)
-    for weight, points in estimators.SAMPLERS:
-        p = agrpo.timestep_probs(traj.n, m, weights[weight])
-        c = estimators.draw_weights(p, adv, 3, 2, points, 3000)
-        assert (c.view(3000, -1, m)[:, 2] == 0).all()
-        assert (c[:, pairs].mean(0) - 1).abs().max() < 6 * c.std(0).max() / 3000 ** 0.5, (weight, points)
+    zeros = torch.zeros(B, length, dtype=torch.float64)
+    q = torch.ones(B, 1, dtype=torch.long)
+    o, step_of = torch.full((B, length), A_), torch.arange(length).expand(B, length) // 3
+    how = agrpo.Decoding(C=length, m=4, block_length=6)
+    traj = agrpo.Trajectory(q, q, o, step_of, zeros, zeros, None, how)
+    recipe, A = estimators.RECIPES[name], torch.ones(B, dtype=torch.float64)
+    # coupled draws one t for the whole batch: several batches.
+    found = [recipe(Any_, traj, A, config(), agrpo.uniforms) for _ in range(20 if name == "coupled" else 1)]
+    w = sum(states.w.sum(dim=1).mean(dim=0) for states in found) / len(found)
+    assert torch.allclose(w * 4 * B, torch.full((length,), total).double(), atol=0.08)
+    assert all((states.w.gt(0) <= states.hidden).all() for states in found)    # only what is masked
 
 
-def test_surprise_brackets_the_norm_of_the_score(scene):
-    """1 - p_a <= |e_a - p| <= sqrt(2) (1 - p_a) for every distribution p and token a."""
-    p = (3 * torch.randn(500, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))).softmax(-1)
-    norm, surprise = (torch.eye(7).double()[0] - p).norm(dim=-1), 1 - p[:, 0]
-    assert (surprise <= norm + 1e-12).all() and (norm <= 2 ** 0.5 * surprise + 1e-12).all()
-    s = agrpo.step_importance(scene.traj, "surprise")[..., 0]
-    by_hand = [[sum((1 - x.exp().item()) ** 2 for x in step) ** 0.5 for step in row] for row in scene.traj.logp_old]
-    assert torch.allclose(s, torch.tensor(by_hand).double(), atol=1e-6)
-
-
-def test_one_step_is_the_all_masked_likelihood_up_to_the_first_eos(scene):
-    """By hand, row by row, with no prompt token masked."""
-    cfg, policy, traj = scene.cfg, scene.policy, scene.traj
-    B, C = traj.o.shape
-    traj = traj._replace(o=traj.o.clone())
-    traj.o[0, 4:6] = policy.eos_id                                               # an EOS early in one row
-    got = gradient(scene, lambda: estimators.one_step(policy, cfg, traj, scene.adv, B, agrpo.uniforms, p_mask=0.0))
+def test_score_is_the_sum_of_weighted_log_probabilities_token_by_token():
+    policy = Any_()
+    traj, _, _ = every_trajectory(policy, 3)
+    some = [3, 40, 77, 120]
+    traj = agrpo.Trajectory(*(None if x is None else x[some] for x in traj[:-1]), traj.how)
+    A = torch.tensor([1.0, 0.0, -0.5, 2.0], dtype=torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.rand(4, 2, C, generator=draw) < 0.6
+    w = hidden * torch.rand(4, 2, C, generator=draw).double()
+    policy.rows = 0
+    found = gradient(policy, lambda: estimators.score(policy, traj, config(), estimators.States(hidden, w, A)))
+    assert policy.rows == 3 * 2                                 # the row of A = 0 costs nothing
 
     def by_hand():
-        for b in range(B):
-            ids = torch.cat([traj.q[b], torch.full((C,), policy.mask_id)])
-            logits = policy.model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None]).logits[-C:].clone()
-            logits[:, policy.mask_id] = -torch.inf
-            logp = logits.log_softmax(-1).gather(1, traj.o[b, :, None])[:, 0]
-            end = (traj.o[b].tolist() + [policy.eos_id]).index(policy.eos_id) + 1
-            (-scene.adv[b] * logp[:end].sum() / (cfg.m * B)).backward()
-    want = gradient(scene, by_hand)
-    assert torch.allclose(got, want, atol=1e-3 * want.abs().max().item())
+        for b, k, c in itertools.product(range(4), range(2), range(C)):
+            x = [MASK if hidden[b, k, i] else int(traj.o[b, i]) for i in range(C)]
+            logits = policy(torch.tensor([[A_, B_, *x]]), None, torch.tensor([[P + c]]), None)[0, 0]
+            logp = logits[1:].log_softmax(0)[int(traj.o[b, c]) - 1]             # [MASK] is no token
+            (-w[b, k, c] * A[b] * logp).backward()
+    assert close(found, gradient(policy, by_hand))
 
 
-def test_elbo_masks_l_tokens_and_weighs_them_by_C_over_l(scene, monkeypatch):
-    """In every state the weight times the number of scored tokens is C / (k m rows): unbiased for the bound."""
-    calls = []
-    monkeypatch.setattr(estimators, "score", lambda *a: calls.append(a) or [])
-    estimators.elbo(scene.policy, scene.cfg, scene.traj, scene.adv, 6, agrpo.row_random(scene.keys))
-    _, cfg, traj, _, rows, q, x_t, pos, w = calls[0]
-    scored, C = (pos >= 0).sum(1), traj.o.shape[1]
-    assert rows.tolist() == [0, 0, 1, 1, 3, 3, 4, 4, 5, 5] and (scored >= 1).all()
-    assert ((x_t == scene.policy.mask_id) == (pos >= 0)).all() and (x_t[pos < 0] == traj.o[rows][pos < 0]).all()
-    assert torch.allclose(w * scored, torch.tensor(C / (cfg.k * cfg.m * 6)).double())
+def one_row(o, step_of, logp=None, entropy=None, m=3, copies=1):
+    """A trajectory of rows alike."""
+    def rows(values, kind):
+        return torch.tensor([values] * copies, dtype=kind)
+    width = len(o)
+    q = torch.ones(copies, 1, dtype=torch.long)
+    how = agrpo.Decoding(C=width, m=m, block_length=width)
+    return agrpo.Trajectory(q, q, rows(o, torch.long), rows(step_of, torch.long),
+                            rows(logp or [-1.0] * width, torch.float64),
+                            rows(entropy or [1.0] * width, torch.float64), None, how)
 
 
-def test_training_stops_when_both_updates_and_passes_are_spent(folder, alive):
-    cfg = agrpo.configure(["--model", folder, "--device", "cpu", "--questions", "2", "--G", "3", "--updates", "2",
-                           "--eval_n", "3"])
-    policy, data = experiments.load(cfg)
-    history, evals = experiments.train(policy, data, cfg, passes=150, every=2)
-    assert history[-1]["passes"] >= 150 > history[-2]["passes"] and len(history) > cfg.updates
-    rollout, loss = 2 * 3 * cfg.m, history[0]["pairs"]
-    assert history[0]["passes"] == rollout + 3 * loss
-    assert [e["update"] for e in evals] == sorted({*range(0, len(history), 2), len(history)})
+def test_egspo_takes_the_steps_of_largest_entropy():
+    traj = one_row([A_] * 3, [2, 0, 1], entropy=[0.3, 0.1, 0.9])
+    states = estimators.egspo(Any_, traj, torch.ones(1), config(k=2), agrpo.uniforms)
+    by_step = {tuple(h.int().tolist()): w.tolist() for h, w in zip(states.hidden[0], states.w[0])}
+    # Step 1 (the last token) and step 2 (the first), each with weight u n / k = 1/3 * 3/2.
+    assert by_step == {(1, 0, 1): [0, 0, 0.5], (1, 0, 0): [0.5, 0, 0]}
 
 
-def test_an_inner_part_is_taken_out_of_the_outer_one(monkeypatch):
-    """Seconds by a clock of ours; memory, the allocator's, is that of the part running when it was at its peak."""
-    clock, kept = [0.0], []
-
-    def inner():
-        clock[0] += 5
-        kept.append(torch.zeros(2**20))                                          # 4 MiB
-
-    def outer():
-        clock[0] += 1
-        kept.append(torch.zeros(2**18))                                          # 1 MiB
-        owner.inner()
-        clock[0] += 2
-        kept.clear()
-    owner = types.SimpleNamespace(inner=inner, outer=outer)
-    monkeypatch.setattr(experiments, "PARTS", {"outer": (owner, "outer"), "inner": (owner, "inner")})
-    monkeypatch.setattr(experiments.time, "time", lambda: clock[0])
-    with experiments.parts_timed() as seconds:
-        peaks = experiments.tensor_peaks(owner.outer, "cpu")
-    assert seconds == {"outer": 3, "inner": 5} and (owner.inner, owner.outer) == (inner, outer)
-    assert peaks == {"outer": pytest.approx(1, abs=0.01), "inner": pytest.approx(5, abs=0.01)}
+def test_rldf_scores_the_step_and_later_tokens_it_is_sure_of():
+    traj = one_row([A_] * 3, [2, 0, 1], logp=[-0.1, -30.0, -0.1])   # step 0 is drawn for sure
+    states = estimators.rldf(Any_, traj, torch.ones(1), config(k=1), agrpo.uniforms)
+    assert states.hidden[0, 0].all()
+    logp = torch.tensor([[[0.7, 0.2, 0.5]]]).double().log()
+    # u m / k = 1: the step's own token whatever its p, the first for its 0.7 >= 0.6.
+    assert states.weigh(logp, torch.tensor([0]))[0, 0].tolist() == pytest.approx([1, 1, 0])
 
 
-def test_curves_pools_seeds_of_finished_runs(tmp_path, capsys):
+def test_spg_by_hand():
+    traj = one_row([A_] * 4, [0, 0, 1, 1], m=2, copies=2)
+    A = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    # l = 2 places of four in the first draw, 4 in the second: ranks 0..3 from left to right.
+    draws = iter([torch.zeros(2, 2).double(), torch.tensor([[0.3, 0.9]] * 2).double(),
+                  (torch.arange(4) / 4).double().expand(2, 2, 4)])
+    states = estimators.spg(Any_, traj, A, config(), lambda *shape: next(draws))
+    assert states.hidden[1].int().tolist() == [[1, 1, 0, 0], [1, 1, 1, 1]]
+    p = torch.tensor([[0.25, 1, 1, 1], [0.25, 0.25, 0.25, 1]]).double()
+    w = states.weigh(p.log().expand(2, 2, 4), torch.arange(2)) / estimators.unit(traj)
+    lower = torch.tensor([[1.0, 1, 0, 0], [0.5, 0.5, 0.5, 0.5]])               # L / (l K)
+    # p^1.5 / tau: token 0 is 1/8 / (1/2) in draw 0 and 1/8 in draw 1; token 1 is 2 and 1/8.
+    share = torch.tensor([[2 / 3, 16 / 17, 0, 0], [1 / 3, 1 / 17, 1, 1]])
+    assert torch.allclose(w[0].float(), lower)
+    assert torch.allclose(w[1].float(), 0.5 * lower + 0.5 * share)             # L / |S| = 1
+
+
+def test_wd1_and_tracerl_change_the_advantages():
+    traj = one_row([A_] * 3, [0, 1, 2], copies=3)
+    A = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
+    c = estimators.wd1(Any_, traj, A, config(), agrpo.uniforms).A
+    e, total = math.e, math.e + 1 / math.e + 1
+    assert c.tolist() == pytest.approx([1.5 * (e - 1 / e) / total, -1.5 * (e - 1 / e) / total, 0])
+    right = torch.tensor([2 / 3, -1 / 3, -1 / 3], dtype=torch.float64)         # one of three right
+    std = math.sqrt(2) / 3
+    found = estimators.tracerl(Any_, traj, right, config(), agrpo.uniforms).A
+    assert found.tolist() == pytest.approx([2 / 3 / std, -1 / 3 / std, -1 / 3 / std])
+    most = torch.tensor([1 / 6] * 5 + [-5 / 6], dtype=torch.float64)           # 83 % right: left out
+    traj = one_row([A_] * 3, [0, 1, 2], copies=6)
+    assert not estimators.tracerl(Any_, traj, most, config(G=6), agrpo.uniforms).A.any()
+
+
+def test_tokens_after_the_first_eos_count_or_not():
+    traj = one_row([A_, EOS, B_, EOS], [0, 0, 1, 1], m=2)
+    counts = {eos: estimators.counted(Any_, traj, eos).int().tolist()[0] for eos in ("first", "all")}
+    assert counts == {"first": [1, 1, 0, 0], "all": [1, 1, 1, 1]}
+    for name, recipe in estimators.RECIPES.items():
+        if name not in ("EGSPO", "wd1"):
+            w = recipe(Any_, traj, torch.ones(1).double(), config(k=2, G=1.5), agrpo.uniforms, eos="first").w
+            assert not w[..., 2:].any() and w[..., :2].any(), name
+
+
+# --- The timestep samplers --------------------------------------------------------------------
+
+def test_every_sampler_weighs_every_pair_one_on_average():
+    torch.manual_seed(0)
+    p = torch.rand(6, 5, dtype=torch.float64) + 0.2
+    p = p / p.sum(dim=1, keepdim=True)
+    A = torch.tensor([1.0, -0.5, 0.0, 2.0, -1.0, -1.5], dtype=torch.float64)
+    spreads = {}
+    for points in (*estimators.POINTS, "pooled"):
+        w = estimators.draw_weights(p, A, 2, points, 2000).view(2000, 6, 5)
+        assert not w[:, 2].any()                                # A = 0
+        off = (w[:, A != 0].mean(dim=0) - 1).abs()
+        assert (off < 6 * w[:, A != 0].std(dim=0) / 2000 ** 0.5 + 1e-9).all(), points
+        spreads[points] = w.var(dim=0).mean().item()
+    assert spreads["systematic"] < spreads["strata"] < 0.95 * spreads["iid"]
+
+
+def test_the_gram_matrix_is_that_of_the_pairs_gradients():
+    policy = Any_()
+    traj, A, _ = every_trajectory(policy, 3)
+    some = list(range(0, 162, 20))
+    traj = agrpo.Trajectory(*(None if x is None else x[some] for x in traj[:-1]), traj.how)
+    A = A[some]
+    pairs, gram = estimators.pair_gradients(policy, traj, A)
+    whole = run("every step", policy, traj, A, config()) * 3 * len(A)
+    assert pairs.tolist() == list(range(3 * len(A)))
+    assert gram.sum().item() == pytest.approx(whole.square().sum().item(), rel=1e-5)
+
+
+# --- The experiments --------------------------------------------------------------------------
+
+SMALL = ["--quick", "--seeds", "1", "--jobs", "1", "--eval_n", "2", "--questions", "3", "--G", "4",
+         "--updates", "1"]
+
+
+def lab(capsys, *argv):
+    assert experiments.main(list(argv)) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", experiments.EXPERIMENTS)
+def test_an_experiment_prints_its_table_and_writes_its_files(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)          # --figures must not touch the real ones
+    small = ["--jobs", "1"] if name in ("rollout", "masks") else SMALL
+    printed = lab(capsys, name, *small, "--figures", "--out", str(tmp_path / "out"))
+    kept = tmp_path / "lab" / "figures" / f"{name}.txt"
+    assert kept.read_text() == (tmp_path / "out" / f"{name}.txt").read_text()
+    assert kept.read_text().startswith(f"$ bash run.sh lab {name} ") and "seeds [" in kept.read_text()
+    table = kept.read_text().split("\n", 3)[3]
+    assert table.strip() in printed and "nan" not in table.replace("TraceRL", "")
+    for picture in (tmp_path / "out").glob("*.png"):
+        width, height = (int.from_bytes(picture.read_bytes()[i:i + 4], "big") for i in (16, 20))
+        assert width == 1660 and height >= 600                  # twice the width GitHub shows
+    assert list((tmp_path / "out").glob("*.png")) or name == "cost"
+
+
+def test_the_same_command_goes_on_where_it_was_stopped(tmp_path, capsys):
+    flags = ["k", *SMALL, "--out", str(tmp_path)]
+    first = lab(capsys, *flags)
+    lines = (tmp_path / "k.jsonl").read_text().splitlines()
+    (tmp_path / "k.jsonl").write_text("\n".join([*lines[:2], lines[2][:50]]))   # killed while writing
+    assert "not run" in lab(capsys, *flags, "--show")
+    assert len((tmp_path / "k.jsonl").read_text().splitlines()) == 3            # --show computes nothing
+    (tmp_path / "k.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:50] + "\n")
+    again = lab(capsys, *flags)
+    seconds_apart = [[row.rsplit(" ", 1)[0] for row in text.splitlines()] for text in (first, again)]
+    assert seconds_apart[0] == seconds_apart[1]
+    n = len((tmp_path / "k.jsonl").read_text().splitlines())
+    lab(capsys, *flags)
+    assert len((tmp_path / "k.jsonl").read_text().splitlines()) == n            # all was there
+
+
+def test_angles_tell_bias_from_variance():
+    """g = (3, 0); two draws (3, 4) and (3, 0), whose mean is 34 degrees off."""
+    draws, g = torch.tensor([[3.0, 4.0], [3.0, 0.0]]), torch.tensor([3.0, 0.0])
+    e = draws.mean(dim=0)
+    part = dict(dot=(e @ g).item(), gg=9.0, ee=(draws[0] @ draws[1]).item(), square=17.0, states=2.0,
+                cosine=[0.6, 1.0], batches=2, across=9.0, across_ee=9.0, across_gg=9.0)
+    found = experiments.angles([part, part])
+    assert found["one"] == pytest.approx(0.8) and found["mean"] == pytest.approx(1.0)
+    assert found["variance"] == pytest.approx((17 - 9) / 9) and found["states"] == 2
+    off = experiments.angles([dict(part, ee=13.0)])             # |E e|^2 = 9 + 4: bias
+    assert off["bias"] == pytest.approx(2 / 13 ** 0.5)
+
+
+def test_the_exact_gradient_has_no_bias_and_no_variance(tmp_path):
+    cfg = agrpo.parse(["--m", "4", "--k", "2", "--questions", "3", "--G", "4", "--device", "cpu"])
+    found = experiments.directions(cfg, ["every step", "AGRPO"], 2, 2)
+    exact = experiments.angles([found["every step"]])
+    assert exact["one"] == pytest.approx(1) and exact["bias"] < 1e-3 and exact["variance"] == 0
+    assert exact["states"] > found["AGRPO"]["states"] > 0
+    assert experiments.angles([found["AGRPO"]])["variance"] > 0
+
+
+def test_curves_pools_the_seeds_of_finished_runs(tmp_path, capsys):
     for seed in range(2):
         (tmp_path / f"run{seed}").mkdir()
         evals = [dict(update=u, accuracy=0.1 * (u + seed), m=3) for u in (0, 1, 3)]
-        (tmp_path / f"run{seed}" / "summary.json").write_text(json.dumps(dict(task="countdown", eval_n=10, evals=evals)))
-    assert experiments.main(["curves", str(tmp_path / "run0"), str(tmp_path / "run1"), "--out", str(tmp_path)]) == 0
-    assert "5.0% [0.0%, 10.0%] -> 35.0% [30.0%, 40.0%], 2 seeds" in capsys.readouterr().out
+        text = json.dumps(dict(task="countdown", eval_n=10, evals=evals))
+        (tmp_path / f"run{seed}" / "summary.json").write_text(text)
+    printed = lab(capsys, "curves", str(tmp_path / "run0"), str(tmp_path / "run1"), "--out", str(tmp_path))
+    assert "5.0% [0.0%, 10.0%] -> 35.0% [30.0%, 40.0%], 2 seed(s)" in printed
     assert (tmp_path / "curves.png").is_file()
-    with pytest.raises(UserError, match="no summary.json"):
+    with pytest.raises(agrpo.UserError, match="no summary.json"):
         experiments.main(["curves", str(tmp_path)])
 
 
-def test_the_menu_and_help_name_every_experiment(capsys):
+def test_the_menu_names_every_experiment_and_bad_flags_get_a_sentence(capsys):
     assert experiments.main([]) == 0 and experiments.main(["nonsense"]) == 2
     menu = capsys.readouterr().out
-    assert all(f"run.sh lab {name}" in menu for name in [*harness.EXPERIMENTS, "curves"])
+    assert all(f"\n  {name} " in menu for name in [*experiments.EXPERIMENTS, "curves"])
     with pytest.raises(SystemExit):
         experiments.main(["compare", "--help"])
-    assert "2 idle CPU cores" in capsys.readouterr().out
-    with pytest.raises(UserError):
+    assert "agrpo.py's" in capsys.readouterr().out
+    with pytest.raises(agrpo.UserError, match="nonsense"):
         experiments.main(["compare", "--nonsense", "1"])
+
+
+def test_names_at_the_ends_of_lines_do_not_cover_each_other():
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots()
+    ax.set(ylim=(0, 1))
+    figures.name_ends(ax, [(1, 0.50, "a", "k"), (1, 0.51, "b", "k"), (1, 0.9, "c", "k")], 0.1)
+    heights = {text.get_text(): text.xy[1] for text in ax.texts}
+    plt.close(fig)
+    assert heights["b"] - heights["a"] >= 0.0999 and heights["c"] == pytest.approx(0.9)

@@ -1,0 +1,75 @@
+"""Multiple choice, a task of one's own: `python agrpo.py --task lab/choice_task.py --preset llada`.
+
+    {"question": "Where do fish live?", "choices": ["sand", "water"], "answer": "B"}
+    <think>gills</think><answer>B</answer>
+
+CommonsenseQA (`commonsense_qa`) and HellaSwag (`hellaswag`): a prompt, a grader, a reader of rows
+each, and an entry in tasks.TASKS.
+"""
+import re
+import string
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import tasks
+
+
+def prompt(example):
+    lines = [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, example["choices"])]
+    return tasks.chat("Choose the best answer. Think inside <think></think>, then write only its letter "
+                      "inside <answer></answer>.", "\n".join([example["question"], *lines]))
+
+
+def letter_of(answer, choices):
+    """B, b, (B), \\boxed{B}, "B. water": the letter of one choice. None: it is no letter, or two."""
+    answer = re.sub(r"\\boxed\s*\{(.*)\}", r"\1", answer.strip(), flags=re.DOTALL).strip(" $")
+    answer = re.sub(r"^\\text\s*\{(.*)\}$", r"\1", answer)
+    match = re.fullmatch(r"\(?([A-Za-z])(?:[).:]+(?:\s+(\S.*))?)?", answer)
+    if match is None or match[1].upper() not in string.ascii_uppercase[:len(choices)]:
+        return None
+    letter, words = match[1].upper(), (match[2] or "").strip(" .").casefold()
+    chosen = string.ascii_uppercase.index(letter)
+    others = [choice.strip(" .").casefold() for i, choice in enumerate(choices) if i != chosen]
+    contradicts = words in others or re.search(r"\b(?:or|and|not) \(?[a-z]\b", words)
+    return None if contradicts else letter
+
+
+def grade(text, example):
+    found = tasks.last_answer(text)
+    format = 0.5 * found.thought + 0.5 * found.tagged
+    letter = letter_of((found.content or "")[:1000], example["choices"])
+    if letter is None:
+        reason = "no <answer>" if found.content is None else "not the letter of one choice"
+        return tasks.graded(format, 0, reason, found.content or "", found.tagged)
+    right = letter == example["answer"]
+    return tasks.graded(format, right, f"chose {letter}", letter, found.tagged)
+
+
+def checked(question, choices, letter):
+    if letter not in tuple(string.ascii_uppercase[:len(choices)]):
+        raise ValueError(f"the answer {letter!r} is not the letter of one of {len(choices)} choices")
+    return {"question": question.strip(), "choices": choices, "answer": letter}
+
+
+def read_commonsense_qa(row, split, options):
+    """{"question": .., "choices": {"label": ["A", ..], "text": [..]}, "answerKey": "A"}"""
+    return checked(row["question"], list(row["choices"]["text"]), row["answerKey"])
+
+
+def read_hellaswag(row, split, options):
+    """{"ctx": "A man sits down. He", "endings": [.., .., .., ..], "label": "3"}"""
+    label = tasks.whole(row["label"])
+    letter = string.ascii_uppercase[label] if 0 <= label < len(row["endings"]) else str(label)
+    return checked("Which sentence goes on best? " + row["ctx"], list(row["endings"]), letter)
+
+
+# The test splits of both are published without answers; the validation split is what others report.
+tasks.TASKS["commonsense_qa"] = tasks.Task(
+    "commonsense_qa", prompt, grade, read=read_commonsense_qa,
+    hub={"train": ("tau/commonsense_qa", None, "train"),
+         "test": ("tau/commonsense_qa", None, "validation")})
+tasks.TASKS["hellaswag"] = replace(
+    tasks.TASKS["commonsense_qa"], name="hellaswag", read=read_hellaswag,
+    hub={"train": ("Rowan/hellaswag", None, "train"), "test": ("Rowan/hellaswag", None, "validation")})

@@ -1,0 +1,188 @@
+"""Evaluate a model, or an adapter beside its base model, at several numbers of denoising steps.
+
+    bash run.sh eval --adapter runs/countdown-0/adapter --steps 12,6,2
+    bash run.sh eval --preset llada --task gsm8k --steps 256,128,64 --seeds 3
+
+Each number of steps is decoded greedily and as the rollouts sample; sampled cells are repeated with
+--seeds seeds over the same problems. Every graded batch is written at once, so the same command
+goes on after a kill, and may then ask for more steps, seeds or problems. Into --out
+[runs/eval-TASK-SEED] go generations.jsonl (every answer and its grade), eval.json (the table) and
+eval.png (accuracy against steps).
+"""
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean, stdev
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import agrpo
+import tasks
+
+# What may change from one call to the next: it changes no answer that was graded before.
+FREE = {"out", "steps", "eval_n", "eval_sampled", "device", "rollout_batch", "preset"}
+
+
+def parse(argv):
+    """Flags -> (Config, number of seeds). All of agrpo.py's flags, and --seeds."""
+    parser = agrpo.Parser(prog="bash run.sh eval", allow_abbrev=False, description=__doc__,
+                          formatter_class=argparse.RawDescriptionHelpFormatter,
+                          epilog="further flags: those of python agrpo.py --help")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of the sampled cells [1]")
+    parser.add_argument("--out", default="", help="folder [runs/eval-TASK-SEED]")
+    own, rest = parser.parse_known_args(argv)
+    if own.seeds < 1:
+        raise agrpo.UserError(f"--seeds {own.seeds} cannot work: it starts at 1")
+    cfg = agrpo.parse([*rest, "--updates", "0"])
+    cfg.out = str(Path(own.out or f"runs/eval-{cfg.task}-{cfg.seed}").expanduser())
+    return cfg, own.seeds
+
+
+def fingerprint(model):
+    """The first numbers of every tensor, adapters too, hashed: other weights have another."""
+    digest = hashlib.blake2b(digest_size=8)
+    for p in model.parameters():
+        digest.update(p.detach().flatten()[:8].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# --- Answers, on disk from the moment they are graded -----------------------------------------
+
+def place(record):
+    """What tells one answer of an evaluation from the others."""
+    return tuple(record[name] for name in ("who", "seed", "m", "greedy", "index"))
+
+
+def read_back(path):
+    """{place: record} of earlier calls. A last line that a kill cut short is dropped."""
+    if not path.exists():
+        return {}
+    whole, _, cut = path.read_bytes().rpartition(b"\n")
+    if cut:
+        agrpo.write(path, whole + b"\n" if whole else b"")
+    try:
+        records = [json.loads(line) for line in whole.split(b"\n") if line]
+        return {place(record): record for record in records}
+    except (ValueError, KeyError, TypeError) as e:
+        raise agrpo.UserError(f"{path} is damaged ({e}): move it away, or choose another --out") from e
+
+
+def refuse_other_flags(path, flags):
+    """Answers of two settings must not end up in one table."""
+    before = json.loads(path.read_bytes()) if path.exists() else {}
+    for name in before.keys() - FREE:
+        if before[name] != flags.get(name):
+            raise agrpo.UserError(
+                f"--out {path.parent} was evaluated with --{name} {before[name]}, not "
+                f"{flags.get(name)}: repeat its flags, or choose another --out")
+    agrpo.write(path, agrpo.to_json(flags, indent=2))
+
+
+def grade_missing(policy, data, cfg, how, cell, kept, path):
+    """Write and grade the answers of one cell (who, seed, m, greedy) that `kept` lacks."""
+    missing = [i for i in range(min(cfg.eval_n, len(data))) if (*cell, i) not in kept]
+    who, seed, m, greedy = cell
+    for start in range(0, len(missing), cfg.rollout_batch):
+        batch = missing[start:start + cfg.rollout_batch]
+        if sys.stderr.isatty():
+            print(f"\r{who}, m = {m}: {start} of {len(missing)} ", end="\r", file=sys.stderr)
+        # The keys of training's own evaluation: the same draws, so the same numbers as its table.
+        keys = [(seed, "evaluation", m, i) for i in batch]
+        examples = [data[i] for i in batch]
+        _, texts, grades = agrpo.write_answers(policy, examples, keys, cfg, how)
+        new = [dict(who=who, seed=seed, m=m, greedy=greedy, index=i, text=text, **asdict(grade))
+               for i, text, grade in zip(batch, texts, grades)]
+        with open(path, "ab") as f:
+            f.write(b"".join(map(agrpo.to_json, new)))
+        kept.update((place(record), record) for record in new)
+
+
+# --- The table --------------------------------------------------------------------------------
+
+def summarise(seeds, m, greedy):
+    """One row of the table; seeds: a list of records for each seed, over the same problems.
+
+    Seeds repeat the problems, so the interval is the one that n problems allow.
+    """
+    n, accuracies = len(seeds[0]), [mean(r["correct"] for r in records) for records in seeds]
+    everyone = [record for records in seeds for record in records]
+    accuracy = mean(accuracies)
+    low, high = agrpo.wilson(accuracy * n, n)
+    row = dict(m=m, greedy=greedy, n=n, accuracy=accuracy, low=low, high=high)
+    row["reward"] = mean(record["reward"] for record in everyone)
+    for name in everyone[0]["metrics"]:
+        row[name] = mean(record["metrics"][name] for record in everyone)
+    if len(seeds) > 1:
+        row["sd over seeds"] = stdev(accuracies)
+    return row
+
+
+def draw(path, cfg, columns):
+    """Accuracy against denoising steps: base dashed, trained solid."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for who, rows in columns.items():
+        for greedy in sorted({row["greedy"] for row in rows}):
+            cells = sorted((r for r in rows if r["greedy"] == greedy), key=lambda r: r["m"])
+            y = [r["accuracy"] for r in cells]
+            error = [[max(0, r["accuracy"] - r["low"]) for r in cells],
+                     [max(0, r["high"] - r["accuracy"]) for r in cells]]
+            label = f"{who}, {'greedy' if greedy else 'sampled'}"
+            ax.errorbar([r["m"] for r in cells], y, error, capsize=2, marker="o", label=label,
+                        color="C0" if greedy else "C1", ls="--" if who == "base" else "-")
+    rows = columns["base"]
+    steps = sorted({row["m"] for row in rows})
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(steps, steps)
+    ax.set(xlabel="denoising steps m", ylabel="accuracy", ylim=(0, 1),
+           title=f"{cfg.task}, {rows[0]['n']} problems, 95 % intervals")
+    ax.legend()
+    blob = io.BytesIO()
+    fig.savefig(blob, dpi=120)
+    plt.close(fig)
+    agrpo.write(path, blob.getvalue())
+
+
+def run(cfg, seeds):
+    """The whole evaluation -> exit code 0. Raises UserError."""
+    out = Path(cfg.out)
+    with agrpo.folder_of_my_own(out):
+        data = tasks.load(cfg.task, "test", file=cfg.test_file or None, **cfg.options)
+        policy = agrpo.load_policy(cfg)
+        flags = dict(asdict(cfg), weights=fingerprint(policy.model))
+        refuse_other_flags(out / "config.json", flags)
+        for line in (*policy.notes, f"held out: {data.source} | {out}"):
+            agrpo.say(line)
+        source = data.source
+        data = agrpo.short_enough(policy, data, cfg, "held-out")
+        kept = read_back(out / "generations.jsonl")
+        columns = {who: [] for who in (("base", "trained") if cfg.adapter else ("base",))}
+        agrpo.say("\n steps sampling   base [95 % interval]" + "    trained" * bool(cfg.adapter))
+        n = min(cfg.eval_n, len(data))
+        for greedy, how in cfg.cells():
+            for who, rows in columns.items():
+                # A greedy decoding draws nothing: one seed is like another.
+                cells = [(who, cfg.seed + i, how.m, greedy) for i in range(1 if greedy else seeds)]
+                adapter_off = who == "base" and cfg.adapter
+                with policy.reference() if adapter_off else contextlib.nullcontext():
+                    for cell in cells:
+                        grade_missing(policy, data, cfg, how, cell, kept, out / "generations.jsonl")
+                found = [[kept[(*cell, i)] for i in range(n)] for cell in cells]
+                rows.append(summarise(found, how.m, greedy))
+            agrpo.say(agrpo.table_row(*(rows[-1] for rows in columns.values())))
+        table = dict(config=flags, seeds=seeds, test_data=source, **columns)
+        agrpo.write(out / "eval.json", agrpo.to_json(table, indent=2))
+        draw(out / "eval.png", cfg, columns)
+        agrpo.say(f"n = {n}; written to {out}: generations.jsonl eval.json eval.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(agrpo.in_one_sentence(lambda: run(*parse(sys.argv[1:]))))
