@@ -1,9 +1,9 @@
-"""AGRPO in one file: the policy gradient of a masked diffusion language model, exact step by step.
+"""AGRPO in one file: the policy gradient of a masked diffusion language model, step by step.
 
 A masked diffusion model (LLaDA, Dream) writes an answer by unmasking a few tokens per denoising
 step. AGRPO (arXiv 2510.04019) takes each step as one action of a Markov decision process. Given
-the text so far, the tokens of one step are drawn independently, so the step's log-probability is
-a plain sum of token log-probabilities: exact, from one forward pass, no ELBO.
+the text so far, the tokens of one step are drawn independently. So the step's log-probability
+is a plain sum of token log-probabilities: exact, from one forward pass, no ELBO.
 
     repeat:
       q      <- questions, G copies of each                                      § 8 Train
@@ -15,20 +15,19 @@ a plain sum of token log-probabilities: exact, from one forward pass, no ELBO.
       theta  <- one optimizer step on -J                                         § 6 Update
 
 § 1 to § 6 are the algorithm: tensors in, tensors out, to be lifted into other code. § 7 makes a
-transformers model the policy, § 8 is the training loop, § 9 what a person types and what is kept.
+transformers model the policy, § 8 is the training loop, § 9 all that a person types and sees.
 Needs kernels.py and tasks.py beside it, and nothing else of this repository.
 
 Left out on purpose: a value network, a separate reference model, key-value caches (a policy may
-bring one, see Block), sharding one model over GPUs. And training by low-confidence unmasking, which
-draws everywhere and keeps the likeliest tokens: the discarded ones are part of that action, and
-with them scored the gradient is exact but very noisy. max_prob chooses before it draws instead.
+bring one, see Block), sharding one model over GPUs. And training by low-confidence unmasking: it
+draws everywhere and keeps the likeliest tokens, so the discarded ones are part of the action;
+with them scored the gradient is exact, but very noisy. max_prob chooses before it draws.
 
 Letters   B rows   P prompt   C completion   L = P + C   V vocabulary   W = C / m tokens a step
-          m denoising steps   k of them are scored   G rollouts per question   N (row, step) pairs
+          m denoising steps   k of them scored   G rollouts per question   N (row, step) pairs
 """
 import argparse
 import contextlib
-import errno
 import fcntl
 import importlib.util
 import inspect
@@ -42,7 +41,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import textwrap
 import time
 import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -93,18 +91,18 @@ class Decoding:
         C, m, block = self.C, self.m, self.block_length
         if C < 1 or block < 1 or C % block:
             good = [b for b in range(1, C + 1) if C % b == 0]
-            raise ValueError(f"--block_length {block} does not divide --C {C}: choose from {good}")
+            raise ValueError(f"--block_length {block} does not divide --C {C}: choose {good}")
         if m not in step_counts(C, block):
-            raise ValueError(f"--m {m} steps cannot reveal --C {C} tokens in blocks of --block_length "
-                             f"{block} in equal shares: choose m from {step_counts(C, block)}")
+            raise ValueError(f"--m {m} steps cannot write --C {C} tokens in equal shares, blocks of "
+                             f"--block_length {block}: choose m from {step_counts(C, block)}")
         if self.unmasking not in UNMASKING:
-            raise ValueError(f"--unmasking {self.unmasking} is unknown: choose from {UNMASKING}")
+            raise ValueError(f"--unmasking {self.unmasking} is unknown: choose {UNMASKING}")
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(f"--temperature {self.temperature}, --top_k {self.top_k}, --top_p "
                              f"{self.top_p}: temperature and top_k from 0, top_p in (0, 1]")
         if self.top_p < 1 and not self.top_k:
-            raise ValueError(f"--top_p {self.top_p} needs a --top_k, 150 say: the support of every "
-                             "token is stored")
+            raise ValueError(f"--top_p {self.top_p} needs a --top_k, 150 say: every token's support "
+                             "is stored")
 
     @property
     def W(self):
@@ -121,21 +119,23 @@ def step_counts(C, block_length):
 
 
 class Trajectory(NamedTuple):
-    """A batch of finished rollouts: each token, the step that revealed it, and how likely it was."""
+    """A batch of finished rollouts: each token, the step that revealed it, how likely it was."""
     q: torch.Tensor                    # (B, P) prompt ids, left-padded
     q_mask: torch.Tensor               # (B, P) 0 at padding
     o: torch.Tensor                    # (B, C) completion ids
     step_of: torch.Tensor              # (B, C) 0..m-1; m: never drawn, the row had ended before
     logp_old: torch.Tensor             # (B, C) float64, log-probability when drawn
-    entropy: torch.Tensor              # (B, C) float64, of the distribution it was drawn from, nats
-    support: Optional[torch.Tensor]    # (B, C, top_k) int32, the tokens it was drawn among, then -1
+    entropy: torch.Tensor              # (B, C) float64, of what it was drawn from, nats
+    support: Optional[torch.Tensor]    # (B, C, top_k) int32, what it was drawn among, -1
     how: Decoding
 
 
 class Block(NamedTuple):
-    """The block being written, as positions in prompt + completion. A policy may look at less than
-    the whole text, and keep what it knows of the text around the block in `kept`, empty at first:
-    the gradient is exact for any policy that rollout and loss call with the same arguments."""
+    """The block being written, as positions in prompt + completion.
+
+    A policy may look at less than the whole text, and keep what it knows of the text around the
+    block in `kept`, empty at first: the gradient is that of whatever function the policy is.
+    """
     start: int
     end: int
     kept: dict
@@ -158,23 +158,24 @@ def denoise(policy, q, q_mask, x_t, where, block):
     # [MASK] is no token, and some models have logits for ids that stand for nothing.
     never = sorted({policy.mask_id, *getattr(policy, "never_ids", ())})
     logits = logits.index_fill(-1, torch.tensor(never, device=ids.device), -math.inf)
-    # The largest logit is NaN if any is. Without this look a greedy draw would go on in silence.
+    # The largest logit is NaN if any is. Unseen, a greedy draw would go on in silence.
     if not logits.detach().amax(dim=-1).isfinite().all():
         raise FloatingPointError("the model's logits are not finite")
     return logits
 
 
 def score(logits, tokens, how, support=None):
-    """Log-probability and entropy of `tokens` (N, W) under the distribution they are drawn from.
+    """Log-probability and entropy of `tokens` (N, W) under what they are drawn from.
 
     Rollout and loss both call this, so their ratio is 1 until the parameters move.
     """
     flat, labels = logits.flatten(0, 1), tokens.flatten()
-    T = how.temperature or 1.0                                              # greedy: as at T = 1
+    T = how.temperature or 1.0                                              # greedy: at T = 1
     if support is None:
         logp, H = logprobs_and_entropy(flat, labels, temperature=T)
     else:
-        logp, H = support_logprobs_and_entropy(flat, support.flatten(0, 1), labels, temperature=T)
+        among = support.flatten(0, 1)
+        logp, H = support_logprobs_and_entropy(flat, among, labels, temperature=T)
     return logp.view_as(tokens), H.view_as(tokens)
 
 
@@ -190,17 +191,17 @@ def uniforms(*shape):
 def inverse_cdf(p, u):
     """The outcome that each u falls on: the first i with p_0 + ... + p_i > u * sum(p).
 
-    p (N, K) >= 0, need not sum to 1; u (N, J) in [0, 1]. Returns (N, J) int64, never an outcome of
-    probability 0 nor one past the end, though the CDF may fall short of 1 by rounding.
+    p (N, K) >= 0, need not sum to 1; u (N, J) in [0, 1]. Returns (N, J) int64: never an outcome
+    of probability 0 nor one past the end, though the CDF may fall short of 1 by rounding.
     """
     cdf = p.double().cumsum(dim=-1)
     total = cdf[:, -1:]
-    below = torch.nextafter(total, torch.zeros_like(total))     # u = 1 must not fall past the end
+    below = torch.nextafter(total, torch.zeros_like(total))     # where u = 1 falls, not past it
     return torch.searchsorted(cdf, torch.minimum(u * total, below), right=True)
 
 
 def sample_tokens(logits, u, how):
-    """Draw one token per position. logits (N, W, V), u (N, W) -> tokens (N, W), support or None.
+    """One token per position. logits (N, W, V), u (N, W) -> tokens (N, W), support or None.
 
     The nucleus keeps the token that crosses top_p. Only the `topk` reads all V logits.
     """
@@ -208,8 +209,8 @@ def sample_tokens(logits, u, how):
         return logits.argmax(dim=-1), None
     ids = None
     if how.top_k:
-        logits, ids = logits.topk(min(how.top_k, logits.shape[-1]), dim=-1)     # likeliest first
-    p = ((logits.double() - logits.amax(dim=-1, keepdim=True)) / how.temperature).softmax(dim=-1)
+        logits, ids = logits.topk(min(how.top_k, logits.shape[-1]), dim=-1)    # likeliest first
+    p = (logits.double() / how.temperature).softmax(dim=-1)
     if how.top_p < 1:
         mass_before = p.cumsum(dim=-1) - p
         p = p * (mass_before < how.top_p)
@@ -220,7 +221,7 @@ def sample_tokens(logits, u, how):
 
 
 def confidence(logits, unmasking):
-    """How sure the model is of each position, before a token is drawn there: (N, W, V) -> (N, W)."""
+    """How sure the model is of a position before it draws there: (N, W, V) -> (N, W)."""
     likeliest = logits.argmax(dim=-1)
     logp, H = logprobs_and_entropy(logits.flatten(0, 1), likeliest.flatten())
     return (logp if unmasking == "max_prob" else -H).view_as(likeliest)
@@ -248,8 +249,8 @@ def rollout(policy, q, q_mask, how, rand=uniforms):
         start = how.block_start(t)
         if t * W == start:
             block = enter_block(q, how, t)
-            # A row whose last block is nothing but EOS has ended. Its further steps draw nothing,
-            # so leaving them out is exact; an EOS that was drawn is an action like any other.
+            # A row whose last block is nothing but EOS has ended. Its further steps draw nothing:
+            # leaving them out is exact. An EOS that was drawn is an action like any other.
             if start > 0:
                 ended = torch.isin(o[row, start - block_length:start], fill).all(dim=1)
                 o[row[ended], start:] = policy.eos_id
@@ -257,8 +258,8 @@ def rollout(policy, q, q_mask, how, rand=uniforms):
         if len(row) == 0:
             break
 
-        # Where: W of the positions that are still masked in this block. Never by looking at drawn
-        # tokens: a choice among those would be part of the action, and its probability unknown.
+        # Where: W of the positions still masked in this block. Never by looking at drawn tokens:
+        # a choice among those would be part of the action, and its probability unknown.
         still = step_of[row, start:start + block_length] == how.m
         masked = start + still.nonzero()[:, 1].view(len(row), -1)               # (R, c)
         if how.unmasking == "random":
@@ -293,8 +294,8 @@ def group_advantages(rewards, G, divide_by_std=False):
 
     Groups are contiguous. Exactly 0 where all rewards of a group are equal: a dead group.
     The mean includes r_i: the expected gradient is (G-1)/G of the policy gradient, a constant.
-    Dividing by the standard deviation (GRPO) favours questions of little spread (Dr. GRPO, arXiv
-    2503.20783), so it is off.
+    Dividing by the standard deviation (GRPO) favours questions of little spread (Dr. GRPO,
+    arXiv 2503.20783), so it is off.
     """
     r = rewards.view(-1, G)                                                 # (questions, G)
     A = r - r.mean(dim=1, keepdim=True)
@@ -307,9 +308,9 @@ def group_advantages(rewards, G, divide_by_std=False):
 # ==============================================================================================
 # § 4 Timesteps
 # ==============================================================================================
-# The gradient is a sum over all m steps, a forward and backward pass each. AGRPO estimates it from
-# k << m of them:   sum_t g_t  ~  sum_j w_j g_{t_j},   t_j ~ p,   w_j = 1 / (k p_{t_j}).
-# The mean is the full sum for every p that is positive where the row acted; the variance is not.
+# The gradient is a sum over all m steps, a forward and backward pass each. AGRPO estimates it
+# from k << m of them:   sum_t g_t  ~  sum_j w_j g_{t_j},   t_j ~ p,   w_j = 1 / (k p_{t_j}).
+# The mean is the full sum for every p that is positive where the row acted. The variance differs.
 # p may look at the drawn tokens: given the trajectory, the estimate of its sum stays unbiased.
 
 FOLLOW = ("surprise", "entropy", "uniform")
@@ -319,15 +320,15 @@ def per_step(traj, values):
     """Sum a value per token over the tokens of each step: (B, C) -> (B, m)."""
     sums = values.new_zeros(len(values), traj.how.m + 1)
     sums = sums.scatter_add(1, traj.step_of, values)
-    return sums[:, :-1]                                         # column m: positions never drawn
+    return sums[:, :-1]                                         # column m: places never drawn
 
 
 def timestep_probs(traj, follow="surprise", floor=0.1):
-    """p_t (B, m) float64: how much a step decided, mixed with 10 % uniform to bound the weights.
+    """p_t (B, m) float64: how much a step decided, and 10 % uniform to bound the weights.
 
     entropy    of the step's distributions: the paper's choice
-    surprise   sqrt(sum over its tokens of (1 - p)^2): ours. At the logits, grad log p = onehot - p
-               is about that long, also where the model was sure of another token than it drew.
+    surprise   sqrt(sum over its tokens of (1 - p)^2): ours. At the logits, grad log p is
+               onehot - p, about that long, also where the model was sure of another token.
     """
     acted = (per_step(traj, torch.ones_like(traj.entropy)) > 0).double()
     uniform = acted / acted.sum(dim=1, keepdim=True).clamp(min=1)
@@ -347,9 +348,9 @@ def timestep_probs(traj, follow="surprise", floor=0.1):
 def sample_timesteps(p, k, offset):
     """k steps per row of p (B, m), at evenly spaced points of its CDF; offset (B, 1) in [0, 1).
 
-    Returns rows (N,), steps (N,), w (N,) with N <= B k. Each draw weighs 1 / (k p_t), at most
-    n / (k floor) for a row of n steps; a step drawn twice is one pair of twice the weight, and that
-    may exceed the bound. A row of zeros yields nothing.
+    Returns rows (N,), steps (N,), w (N,), N <= B k. A draw weighs 1 / (k p_t), at most
+    n / (k floor) in a row of n steps. A step drawn twice is one pair of twice the weight, which
+    may exceed that bound. A row of zeros yields nothing.
     """
     u = (torch.arange(k) + offset.cpu()) / k                                # (B, k)
     t = inverse_cdf(p, u.to(p.device)).clamp(max=p.shape[1] - 1)
@@ -363,7 +364,7 @@ def sample_timesteps(p, k, offset):
 # ==============================================================================================
 
 def step_logprobs(policy, traj, rows, steps):
-    """log pi_theta of the tokens that pairs (row, step) revealed, one forward pass; and log pi_old.
+    """log pi_theta of the tokens that pairs (row, step) revealed, by one forward; and log pi_old.
 
     rows, steps (N,), the steps all of one block. Returns (N, W) with gradient, (N, W).
     """
@@ -383,13 +384,13 @@ def step_logprobs(policy, traj, rows, steps):
 def clipped_objective(logp, logp_old, A, eps=0.2):
     """J = min(rho A, clip(rho, 1 - eps, 1 + eps) A),  rho = pi / pi_old, to be maximised.
 
-    logp, logp_old (N, W) per token, or (N, 1) summed over the step's tokens: the product of their
-    ratios is the ratio of the MDP's action. A (N, 1). Returns J and rho, which has no gradient.
+    logp, logp_old (N, W) per token, or (N, 1) summed over the step's tokens: the product of
+    their ratios is that of the MDP's action. A (N, 1). Returns J and rho, without gradient.
     """
     log_ratio = logp - logp_old
     ratio = log_ratio.detach().exp()
-    # Where the clip holds, J is a constant. Taking log_ratio out there keeps an overflowed ratio
-    # from sending 0 * inf back.
+    # Where the clip holds, J is a constant. Taking log_ratio out there keeps a ratio that
+    # overflows from sending 0 * inf back.
     clipped = ((A > 0) & (ratio > 1 + eps)) | ((A < 0) & (ratio < 1 - eps))
     free = log_ratio.masked_fill(clipped, 0.0).exp() * A
     bound = (1 + eps * A.sign()) * A
@@ -399,8 +400,8 @@ def clipped_objective(logp, logp_old, A, eps=0.2):
 def kl_to_reference(logp, logp_old, logp_ref):
     """rho k3 per token: an estimate of KL(pi || ref), and its gradient that of the KL.
 
-    k3 = e^d - d - 1 >= 0, d = logp_ref - logp (Schulman). Without rho in front its gradient would
-    be that of KL(ref || pi) (arXiv 2512.02556).
+    k3 = e^d - d - 1 >= 0, d = logp_ref - logp (Schulman). Without rho in front its gradient
+    would be that of KL(ref || pi) (arXiv 2512.02556).
     """
     d = logp_ref - logp
     return (logp - logp_old).exp() * (d.exp() - d - 1)
@@ -428,11 +429,11 @@ def add_gradient(policy, traj, A, pairs, eps=0.2, micro_batch=32, ratio_per="tok
     context in which the policy is the reference.
     """
     B, m = len(A), traj.how.m
-    seen = [Seen(torch.zeros(0), torch.zeros(0), torch.zeros(0), 0)]        # no pairs: nothing seen
+    seen = [Seen(torch.zeros(0), torch.zeros(0), torch.zeros(0), 0)]        # of no pairs
     # One forward never mixes blocks: a policy may see each differently.
     block = traj.how.block_start(pairs[1])
-    parts = [part for b in block.unique() for part in (block == b).nonzero()[:, 0].split(micro_batch)]
-    for part in parts:
+    of_a_block = [(block == b).nonzero()[:, 0] for b in block.unique()]
+    for part in [part for pairs_of in of_a_block for part in pairs_of.split(micro_batch)]:
         rows, steps, w = (x[part] for x in pairs)
         logp, logp_old = step_logprobs(policy, traj, rows, steps)           # (N, W)
         A_pair = A[rows, None].to(logp)
@@ -460,8 +461,8 @@ def merge(seen):
 
 
 def optimizer_step(params, optimizer, max_grad_norm):
-    """Average gradients over processes, clip, step. Returns the gradient norm before clipping."""
-    for p in params:                                            # a process of dead groups has none
+    """Average gradients over processes, clip, step. Returns the norm before clipping."""
+    for p in params:                                            # dead groups only leave none
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     if dist.is_initialized():
         flat = torch.cat([p.grad.flatten() for p in params])
@@ -488,10 +489,10 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class Policy:
-    """The callable that `denoise` wants: float32 logits, the LM head on the asked positions only.
+    """The callable that `denoise` wants: float32 logits, the head on the asked positions only.
 
     Logits of every position would be 1.2 GB at B = 8, L = 584, V = 126464. So a hook in front of
-    the head hands it the asked positions of its input and nothing else.
+    the LM head hands it the asked positions of its input and nothing else.
     """
     block_causal = False               # does a token see its own block and those before it only?
     note = ""                          # printed where --policy names this class
@@ -500,7 +501,8 @@ class Policy:
         self.model, self.tokenizer, self.device = model, tokenizer, torch.device(device)
         self.dtype = next(model.parameters()).dtype
         self.mask_id, self.eos_id = mask_id, tokenizer.eos_token_id
-        self.pad_id = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        pad_id = tokenizer.pad_token_id
+        self.pad_id = self.eos_id if pad_id is None else pad_id
         self.fill_ids = {self.eos_id, self.pad_id}              # both fill the text after an answer
         # Dream predicts position i at i - 1 and takes its attention mask in four dimensions.
         self.is_dream = "dream" in model.config.model_type.lower()
@@ -509,8 +511,8 @@ class Policy:
         head = model.get_output_embeddings()
         tokens = set(tokenizer.get_vocab().values())
         self.never_ids = set(range(len(head.weight))) - tokens | {mask_id}
-        # bf16 logits would move a ratio by up to 1.19, and the clip is 0.2 wide. So the head works
-        # in float32, under autocast too. One that is tied to the embedding gets its own copy.
+        # bf16 logits would move a ratio by up to 1.19, and the clip is 0.2 wide. So the head
+        # computes in float32, under autocast too. One tied to the embedding gets its own copy.
         for name, p in list(head.named_parameters(recurse=False)):
             if p.dtype in HALF:
                 setattr(head, name, torch.nn.Parameter(p.detach().float(), requires_grad=False))
@@ -523,7 +525,7 @@ class Policy:
         return hidden[row, self.positions].to(head.weight.dtype)            # (N, W, d)
 
     def __call__(self, ids, mask, positions, block=None):
-        """ids, mask (N, L), positions (N, W) -> logits (N, W, V). This policy sees the whole text."""
+        """ids, mask (N, L), positions (N, W) -> logits (N, W, V). Sees the whole text."""
         if not self.ignores_mask:
             return self.logits(ids, mask, positions)
         # The model would read padding as text: it gets rows of one length at a time, cut to it.
@@ -556,10 +558,10 @@ class Policy:
         prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         # A word that the tokenizer lacks would make another problem of it than the one graded.
         unknown = self.tokenizer.unk_token_id
-        bad = [t for t, ids in zip(texts, prompts) if unknown in ids and unknown not in self.fill_ids]
-        if bad:
-            raise UserError(f"--model has no token for a part of this prompt, {bad[0][-60:]!r}: "
-                            "choose problems that its vocabulary can write, or another model")
+        for text, ids in zip(texts, prompts):
+            if unknown in ids and unknown not in self.fill_ids:
+                raise UserError(f"--model has no token for a part of this prompt: {text[-60:]!r}; "
+                                "choose problems that its vocabulary can write, or another model")
         P = max(map(len, prompts))
         q = torch.tensor([[self.pad_id] * (P - len(ids)) + ids for ids in prompts])
         q_mask = torch.tensor([[0] * (P - len(ids)) + [1] * len(ids) for ids in prompts])
@@ -572,9 +574,10 @@ class Policy:
         options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
         try:
             return self.tokenizer.apply_chat_template(chat, **options)
-        except Exception:              # a template without a system role: before the question, then
+        except Exception:
             if chat[0]["role"] != "system" or len(chat) < 2:
                 raise
+            # A template without a system role: that text goes in front of the question.
             both = chat[0]["content"] + "\n\n" + chat[1]["content"]
             return self.render([dict(chat[1], content=both), *chat[2:]])
 
@@ -583,38 +586,43 @@ class Policy:
                                            clean_up_tokenization_spaces=False)
 
 
+# Naming one of these runs the Python code that comes with it, of this commit (None: the newest).
+KNOWN = {
+    "GSAI-ML/LLaDA-8B-Instruct": "08b83a6feb34df1a6011b80c3c00c7563e963b07",
+    "GSAI-ML/LLaDA-8B-Base": "0f2787f2d87eac5eed8a087d5ecd24277e6255b2",
+    "Dream-org/Dream-v0-Instruct-7B": "05334cb9faaf763692dcf9d8737c642be2b2a6ae",
+    "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": None,
+}
+BLOCK_DIFFUSION = "bd3lm|llada2|sdar|trado|fast_dllm"           # in a model's name, type or class
+
+
 def load_policy(cfg):
     """The model of --model as a Policy, with LoRA; its `notes` say what was found of it.
 
     Raises UserError.
     """
-    name, kind = f"--model {cfg.model}", Policy
     model, tokenizer = load_model(cfg)
-    mask_id = find_mask_id(model, tokenizer) if cfg.mask_id < 0 else cfg.mask_id
-    V, eos_id = model.get_input_embeddings().weight.shape[0], tokenizer.eos_token_id
-    if mask_id is None or eos_id is None or max(mask_id, eos_id) >= V:
-        raise UserError(f"{name}: [MASK] is {mask_id} and EOS {eos_id} of {V} ids; a masked diffusion "
-                        "model has both: give --mask_id N if it does not say which")
-    if cfg.policy:
-        kind = import_file(cfg.policy, "--policy")
-    types = " ".join([model.config.model_type, *(model.config.architectures or ())]).lower()
-    if re.search(BLOCK_DIFFUSION, types) and not kind.block_causal:
-        raise UserError(f"{name} is a block-diffusion model, whose log pi is wrong under full attention: "
+    config, name = model.config, f"--model {cfg.model}"
+    # [MASK] is never a constant: members of one family differ.
+    added = {text.strip("<|[]>").lower(): i for text, i in tokenizer.get_added_vocab().items()}
+    said = [getattr(config, "mask_token_id", None), tokenizer.mask_token_id, added.get("mask"),
+            added.get("mdm_mask"), -1]
+    mask_id = cfg.mask_id if cfg.mask_id >= 0 else next(i for i in said if i is not None)
+    ids, rows = (mask_id, tokenizer.eos_token_id), model.get_input_embeddings().weight.shape[0]
+    if ids[1] is None or not 0 <= mask_id < rows:
+        raise UserError(f"{name}: [MASK] and EOS are {ids} of {rows} ids; a masked diffusion model "
+                        "has both: give --mask_id N if it does not say which")
+    kind = import_file(cfg.policy, "--policy") if cfg.policy else Policy
+    types = " ".join([cfg.model, config.model_type, *(config.architectures or ())])
+    if re.search(BLOCK_DIFFUSION, types, re.I) and not kind.block_causal:
+        raise UserError(f"{name} is a block-diffusion model, its log pi wrong under full attention: "
                         "add --policy lab/policies.py:FrozenBlockCausal and its --block_length")
     policy = kind(model, tokenizer, mask_id, cfg.device)
     policy.shift = policy.shift if cfg.shift < 0 else cfg.shift
     policy.notes = [look_at(policy, name), add_adapters(policy, cfg)]
-    policy.notes += [f"--policy {cfg.policy}: {kind.note}"] if cfg.policy else []
+    if cfg.policy:
+        policy.notes.append(f"--policy {cfg.policy}: {kind.note}")
     return policy
-
-
-# Naming one of these runs the Python code that comes with it, of the commit given here.
-KNOWN = {
-    "GSAI-ML/LLaDA-8B-Instruct": "08b83a6feb34df1a6011b80c3c00c7563e963b07",
-    "GSAI-ML/LLaDA-8B-Base": "0f2787f2d87eac5eed8a087d5ecd24277e6255b2",
-    "Dream-org/Dream-v0-Instruct-7B": "05334cb9faaf763692dcf9d8737c642be2b2a6ae",
-}
-BLOCK_DIFFUSION = "bd3lm|llada2|sdar|trado|fast_dllm"
 
 
 def load_model(cfg):
@@ -626,7 +634,7 @@ def load_model(cfg):
     transformers.logging.set_verbosity_error()
     name, folder = f"--model {cfg.model}", local_folder(cfg.model)
     source, where = str(folder or cfg.model), {}
-    if folder is None:                 # where the hub is out of reach: the cache, or an error at once
+    if folder is None:                 # hub out of reach: the cache, or an error at once
         where = dict(revision=cfg.revision or KNOWN.get(cfg.model),
                      local_files_only=not tasks.hub_answers(huggingface_hub))
     remote = cfg.trust_remote_code or folder is None and cfg.model in KNOWN
@@ -641,19 +649,19 @@ def load_model(cfg):
         else:
             model, report = AutoModelForMaskedLM.from_pretrained(source, **options)
         model.to(cfg.device)
-    except Exception as e:             # a model's own code, and damaged files, may raise anything
+    except Exception as e:             # a model's own code, damaged files: they raise anything
         text, hint = str(e), "" if folder else "; check name and network, or give a local folder"
         if "trust_remote_code" in text:
             text = "it brings its own Python code: read it, then add --trust_remote_code"
         elif "Unrecognized configuration class" in text:
-            text = "it is no masked language model that transformers knows, as LLaDA or ModernBERT are"
+            text = "it is no masked language model that transformers knows, as ModernBERT is"
         raise UserError(f"{name} could not be loaded: {first_line(text)}{hint}") from e
     lost = sorted(set(report["missing_keys"]) & dict(model.named_parameters()).keys())
-    if lost or model.get_output_embeddings() is None:           # transformers would make them up
+    if lost or model.get_output_embeddings() is None:           # transformers would make it up
         raise UserError(f"{name}: its files lack {', '.join(lost[:3]) or 'an LM head'}: they are "
                         "incomplete, or not of a masked language model")
     if torch.cuda.is_available():
-        torch.backends.cuda.enable_mem_efficient_sdp(True)      # LLaDA's code turns it off globally
+        torch.backends.cuda.enable_mem_efficient_sdp(True)      # LLaDA's code turns it off
         # TF32 leaves every 16-bit number as it is, and the float32 head has such inputs.
         torch.backends.cuda.matmul.allow_tf32 = cfg.dtype != "float32"
     model.config.use_cache = False
@@ -669,7 +677,7 @@ def load_model(cfg):
 
 
 def local_folder(model):
-    """The folder that --model names, or None for a hub id. A folder without a model is refused."""
+    """The folder that --model names, or None for a hub id. Refuses a folder without a model."""
     folder = Path(model).expanduser()
     if model == "lab/tiny" and not folder.exists():
         folder = Path(__file__).resolve().parent / folder       # called from elsewhere
@@ -682,7 +690,7 @@ def local_folder(model):
 
 
 def own_class(config, source, where):
-    """The class that comes with a checkpoint: the one that `architectures` names, for auto_map may
+    """The class that comes with a checkpoint: the one `architectures` names, for auto_map may
     name one without a head. None if it brings none."""
     import transformers
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -690,93 +698,82 @@ def own_class(config, source, where):
     auto_map = getattr(config, "auto_map", None) or {}
     kinds = ("AutoModelForMaskedLM", "AutoModel", "AutoModelForCausalLM")
     found = [auto_map[kind] for kind in kinds if kind in auto_map]
-    if not found:
-        return None
-    if int(transformers.__version__.split(".")[0]) >= 5:        # would leave some weights random
+    if found and int(transformers.__version__.split(".")[0]) >= 5:      # some weights random there
         raise ImportError("its code is written for transformers 4: pip install 'transformers<5'")
-    module = found[0].rpartition(".")[0]
+    module = found[0].rpartition(".")[0] if found else None
     for name in [f"{module}.{kind}" for kind in config.architectures or ()] + found:
         with contextlib.suppress(AttributeError):
-            return get_class_from_dynamic_module(name, source, **where)
-
-
-def find_mask_id(model, tokenizer):
-    """From the config or the tokenizer, never a constant: members of one family differ."""
-    added = {text.strip("<|[]>").lower(): i for text, i in tokenizer.get_added_vocab().items()}
-    found = (getattr(model.config, "mask_token_id", None), tokenizer.mask_token_id,
-             added.get("mask"), added.get("mdm_mask"))
-    return next((i for i in found if i is not None), None)
+            return found and get_class_from_dynamic_module(name, source, **where)
 
 
 @torch.no_grad()
 def look_at(policy, name):
-    """What the model does with padding and with later tokens, before an hour is spent. A note."""
+    """What the model does with padding and later tokens, before an hour is spent. -> a note"""
     q, _ = policy.encode([[dict(role="user", content="1 2 3")]])
     text = torch.cat([q[0, -64:], q.new_full((4,), policy.mask_id)])
     other = text.clone()
     other[-1] = policy.eos_id
     P, at = len(text), torch.arange(1, len(text) - 1, device=q.device)[None]
-    # The text padded with itself, backwards; the text; the text with another end.
-    padded, shown = torch.cat([text.flip(0), text])[None], torch.ones(1, 2 * P, device=q.device).long()
+    # The text; the same padded with itself, backwards; the text with another end.
+    shown = torch.ones_like(torch.cat([text, text]))[None]
     shown[:, :P] = 0
     alone = policy.logits(text[None], shown[:, P:], at)
-    beside = policy.logits(padded, shown, at + P)
+    padded = policy.logits(torch.cat([text.flip(0), text])[None], shown, at + P)
     changed = policy.logits(other[None], shown[:, P:], at)
     if not alone.isfinite().all():
         raise UserError(f"{name} gives logits that are not finite: its weights are damaged")
-    scale = alone.abs().max()
-    gap, reach = ((x - alone).abs().max() / scale for x in (beside, changed))
-    # The gap of rounding alone, or that of padding in sight: then Policy cuts padding off.
-    policy.ignores_mask = not gap.item() < (0.05 if policy.dtype in HALF else 1e-3)
+    gap, reach = ((x - alone).abs().max() / alone.abs().max() for x in (padded, changed))
+    # Is the gap one of rounding, or that of padding in plain sight?
+    policy.ignores_mask = not gap < (0.05 if policy.dtype in HALF else 1e-3)
     if reach == 0:
         raise UserError(f"{name} is causal: a later token moves no earlier logit, so it cannot "
                         "denoise; choose a masked diffusion model")
-    return (f"[MASK] is {policy.mask_id}, EOS {policy.eos_id}, position i is predicted at i - "
-            f"{policy.shift}; padding moves a logit by {gap:.0e} of the largest, a later token by "
-            f"{reach:.0e}" + ("; rows go unpadded, one length at a time" if policy.ignores_mask else ""))
+    return (f"[MASK] is {policy.mask_id}, EOS {policy.eos_id}; padding moves a logit by {gap:.0e} of "
+            f"the largest, a later token by {reach:.0e}"
+            + "; so prompts go unpadded, one length at a time" * policy.ignores_mask)
 
 
 def add_adapters(policy, cfg):
-    """LoRA on every linear layer of every block, not on the head, fresh or from --adapter. A note."""
+    """LoRA on the blocks' linear layers, not on the head: fresh or from --adapter. -> a note"""
     from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    base, name, layers = policy.model, f"--model {cfg.model}", block_linears(policy.model)
+    base, layers = policy.model, block_linears(policy.model)
     if cfg.lora_r == 0:
         base.requires_grad_(True)
     elif cfg.adapter:
-        name, folder = f"--adapter {cfg.adapter}", Path(cfg.adapter).expanduser()
-        if not (folder / "adapter_config.json").is_file():
-            raise UserError(f"{name}: no adapter_config.json there; give the adapter/ folder of a run")
+        folder, misfit = Path(cfg.adapter).expanduser(), f"it does not fit --model {cfg.model}"
         try:
+            there = load_peft_weights(str(folder), device="cpu", local_files_only=True)
             policy.model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-            there = load_peft_weights(str(folder), device="cpu")
-        except Exception as e:                                  # damaged files may raise anything
-            raise UserError(f"{name} does not fit --model {cfg.model}: {first_line(e)}") from e
-        if there.keys() != get_peft_model_state_dict(policy.model).keys():  # peft would drop them
-            raise UserError(f"{name} does not fit --model {cfg.model}: give the one it was trained on")
-        if not all(x.isfinite().all() for x in there.values()):
-            raise UserError(f"{name} has weights that are not finite: its training diverged")
+            if there.keys() != get_peft_model_state_dict(policy.model).keys():
+                raise ValueError(misfit)                        # peft would drop what is left
+            if not all(x.isfinite().all() for x in there.values()):
+                raise ValueError("its weights are not finite, its training diverged")
+        except Exception as e:                                  # damaged files raise anything
+            why = misfit if "size mismatch" in str(e) else first_line(e)
+            raise UserError(f"--adapter {cfg.adapter}: {why}; give the adapter/ folder of a run "
+                            "and the model it was trained on") from e
     else:
         torch.manual_seed(cfg.seed)
         lora = LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=layers)
         policy.model = get_peft_model(base, lora) if layers else base
         hit = [n for n, module in policy.model.named_modules() if hasattr(module, "lora_A")]
         if not layers or len(hit) != len(layers):
-            raise UserError(f"{name}: LoRA hit {len(hit)} of the {len(layers)} linear layers in "
-                            "numbered blocks: its names confuse peft; --lora_r 0 trains all weights")
+            raise UserError(f"--model {cfg.model}: LoRA hit {len(hit)} of the {len(layers)} linear "
+                            "layers in numbered blocks; --lora_r 0 trains all weights")
     for module in policy.model.modules():
         if policy.dtype in HALF and hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False             # autocast does it, and not to float32
+            module.cast_input_dtype_enabled = False             # autocast does it, and to 16 bits
     if cfg.recompute and hasattr(getattr(base, "model", None), "set_activation_checkpointing"):
         base.model.set_activation_checkpointing("whole_layer")  # LLaDA's own switch
     elif cfg.recompute:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    sizes = [(p.numel(), p.requires_grad) for p in policy.model.parameters()]
+    trained, total = (sum(p.numel() for p in policy.model.parameters() if p.requires_grad or every)
+                      for every in (False, True))
     kinds = " ".join(dict.fromkeys(n.rpartition(".")[2] for n in layers))
     what = f"LoRA on {len(layers)} layers ({kinds})" if cfg.lora_r else "no LoRA"
-    return (f"{what}: {sum(n for n, trained in sizes if trained):,} of {sum(n for n, _ in sizes):,} "
-            "parameters are trained")
+    return f"{what}: {trained:,} of {total:,} parameters are trained"
 
 
 def block_linears(model):
@@ -785,7 +782,7 @@ def block_linears(model):
     In a mixture of experts, experts and router stay as they are: few tokens reach each.
     """
     modules = dict(model.named_modules())
-    mixtures = tuple(name.removesuffix("experts") for name in modules if name.endswith(".experts"))
+    mixtures = tuple(name[:-len("experts")] for name in modules if name.endswith(".experts"))
     return [name for name, module in modules.items()
             if isinstance(module, torch.nn.Linear) and any(map(str.isdigit, name.split(".")))
             and not (mixtures and name.startswith(mixtures))]
@@ -803,8 +800,8 @@ def first_line(error):
 def row_random(keys):
     """`rand` with a generator per row, seeded by the row's key.
 
-    What a row draws depends on its key alone, not on the batch it sits in, on the processes, or on
-    what ran before. So a resumed run needs no random states.
+    What a row draws depends on its key alone, not on the batch it sits in, on the processes, or
+    on what ran before. So a resumed run needs no random states.
     """
     def generator(key):
         digest = blake2b(repr(key).encode(), digest_size=7).digest()
@@ -847,7 +844,7 @@ def gather(value):
 
 
 def write_answers(policy, examples, keys, cfg, how):
-    """Rollouts of the examples, a key for each: G keys for G copies of every example.
+    """Rollouts of the examples, one for each key: G keys an example are G copies of it.
 
     At most rollout_batch rows at a time. Returns the Trajectory, the texts and their grades.
     """
@@ -882,9 +879,10 @@ def train(policy, data, cfg, params, optimizer, first=0, gradient=policy_gradien
     index, size = processes()
     for update in range(first, cfg.updates):
         start = time.time()
-        # Each process takes its share of the questions. A key names the place, not the question,
-        # so that one question at two places of an update gets rollouts of its own at each.
-        asked = list(enumerate(questions(len(data), cfg.questions, update, cfg.seed)))[index::size]
+        # Each process takes its share of the questions. A key names the place, not the question:
+        # one question at two places of an update gets rollouts of its own at each.
+        drawn = enumerate(questions(len(data), cfg.questions, update, cfg.seed))
+        asked = list(drawn)[index::size]
         keys = [(cfg.seed, update, place, copy) for place, _ in asked for copy in range(cfg.G)]
         examples = [data[i] for _, i in asked]
         traj, texts, grades = write_answers(policy, examples, keys, cfg, cfg.how)
@@ -905,16 +903,17 @@ def train(policy, data, cfg, params, optimizer, first=0, gradient=policy_gradien
         worst = max(norms, key=lambda norm: (not math.isfinite(norm), norm))
         yield dict(update=update + 1, **statistics(policy, traj, grades, A, merge(seen), cfg),
                    lr=lr, grad_norm=worst, rollout_seconds=rolled - start,
-                   loss_seconds=time.time() - rolled, sample=sample(policy, traj, texts, grades))
+                   loss_seconds=time.time() - rolled,
+                   sample=describe(policy, traj, 0, texts[0], grades[0]))
 
 
 def check_ratio(policy, ratio):
     """Before the first optimizer step pi_theta is pi_old: any other ratio is a fault."""
     off = max(gather((ratio - 1).abs().amax().item() if len(ratio) else 0.0))
-    tolerance = 1e-3 if policy.dtype in (torch.float32, torch.float64) else 0.3
+    tolerance = 0.3 if policy.dtype in HALF else 1e-3
     if not off < tolerance:
-        raise UserError(f"max|ratio - 1| is {off:.2g} before the first optimizer step: rollout and loss "
-                        f"disagree about the policy (tolerance {tolerance}); look at the model's code")
+        raise UserError(f"max|ratio - 1| is {off:.2g} before the first optimizer step, tolerance "
+                        f"{tolerance}: rollout and loss disagree; look at the model's own code")
     say(f"max|ratio - 1| before the first optimizer step: {off:.1e}")
 
 
@@ -924,37 +923,36 @@ def statistics(policy, traj, grades, A, seen, cfg):
     late = drawn & (traj.step_of >= cfg.m - max(1, cfg.m // 4))
     filling = torch.isin(traj.o, torch.tensor(sorted(policy.fill_ids), device=traj.o.device))
     dead = (A.view(-1, cfg.G) == 0).all(dim=1)
-    ratio, B = seen.ratio, len(A)
-    sums = dict(                                                # sum, and over how many
+    B, ratio, tokens = len(A), seen.ratio, seen.ratio.numel()
+    sums = dict(                                                # a sum, and over how many
         reward=(sum(g.reward for g in grades), B), correct=(sum(g.correct for g in grades), B),
         format=(sum(g.format for g in grades), B), dead_groups=(dead.sum(), len(dead)),
         length=((~filling).sum(), B), entropy=(traj.entropy[drawn].sum(), drawn.sum()),
         late_eos=((filling & late).sum(), late.sum()), kl=(seen.kl.sum(), seen.kl.numel()),
-        clip_low=(((ratio < 1 - cfg.eps) & (seen.A < 0)).sum(), ratio.numel()),
-        clip_high=(((ratio > 1 + cfg.eps) & (seen.A > 0)).sum(), ratio.numel()))
-    extremes = (ratio.min().item(), ratio.max().item()) if len(ratio) else (1.0, 1.0)
-    parts = gather(({name: (float(x), int(n)) for name, (x, n) in sums.items()}, *extremes,
-                    len(ratio), seen.forwards))
-    all_sums, low, high, pairs, forwards = zip(*parts)
-    means = {name: sum(s[name][0] for s in all_sums) / max(1, sum(s[name][1] for s in all_sums))
+        clip_low=(((ratio < 1 - cfg.eps) & (seen.A < 0)).sum(), tokens),
+        clip_high=(((ratio > 1 + cfg.eps) & (seen.A > 0)).sum(), tokens))
+    sums = {name: (float(total), int(n)) for name, (total, n) in sums.items()}
+    extremes = (ratio.min().item(), ratio.max().item()) if tokens else (1.0, 1.0)
+    parts, low, high, pairs, forwards = zip(*gather((sums, *extremes, len(ratio), seen.forwards)))
+    means = {name: sum(part[name][0] for part in parts) / max(1, sum(part[name][1] for part in parts))
              for name in sums}
     return dict(means, ratio_min=min(low), ratio_max=max(high), pairs=sum(pairs),
                 forwards=sum(forwards))
 
 
-def sample(policy, traj, texts, grades, row=0):
+def describe(policy, traj, row, text, grade):
     """One rollout, half-way and finished, and what the checker made of it."""
-    tokens = policy.tokenizer.batch_decode([[i] for i in traj.o[row].tolist()])
-    half = [token if t < traj.how.m // 2 else "_" for token, t in zip(tokens, traj.step_of[row])]
-    prompt = policy.tokenizer.decode(traj.q[row][traj.q_mask[row] > 0], skip_special_tokens=True)
-    grade = grades[row]
-    return dict(prompt=prompt, half=" ".join(half), text=texts[row], parsed=grade.parsed,
+    half, tokenizer = traj.how.m // 2, policy.tokenizer
+    tokens = tokenizer.batch_decode([[i] for i in traj.o[row].tolist()])
+    shown = [token if t < half else "_" for token, t in zip(tokens, traj.step_of[row])]
+    prompt = tokenizer.decode(traj.q[row][traj.q_mask[row] > 0], skip_special_tokens=True)
+    return dict(prompt=prompt, half=" ".join(shown), text=text, parsed=grade.parsed,
                 reason=grade.reason, reward=grade.reward)
 
 
 @torch.no_grad()
 def grade_held_out(policy, data, cfg, how, n):
-    """Grades of one answer to each of the first n held-out problems; processes share the work."""
+    """Grades of an answer to each of the first n held-out problems; processes share the work."""
     index, size = processes()
     mine, grades = list(range(min(n, len(data))))[index::size], []
     if mine:
@@ -988,12 +986,12 @@ class Config:
     mask_id: int = -1                  # id of [MASK], for a model that does not say
     shift: int = -1                    # 1: position i is predicted at i - 1 [1 for Dream]
     out: str = ""                      # folder of the run [runs/TASK-SEED]
-    seed: int = 0                      # of LoRA's weights, the questions' order and every draw
+    seed: int = 0                      # of LoRA's weights, the questions' order, every draw
     device: str = ""                   # cpu, cuda, cuda:1 [cuda if there is one]
     dtype: str = "float32"             # of the base model; adapters and head are float32
     wandb: str = ""                    # Weights & Biases project to log to, too
     # --- data
-    train_file: str = ""               # JSONL, CSV, parquet or folder in place of the task's data
+    train_file: str = ""               # JSONL, CSV, parquet, folder in place of the task's data
     test_file: str = ""                # the same, held out; its problems are never trained on
     max_prompt: int = 512              # tokens; longer prompts are left out
     options: dict = field(default_factory=dict)     # the task's own, each a flag
@@ -1031,7 +1029,7 @@ class Config:
     eval_C: int = 0                    # completion length [C]
     eval_block: int = 0                # block length [block_length, or eval_C]
     eval_sampled: bool = True          # as the rollouts sample too, not only greedy
-    steps: str = ""                    # numbers of steps to evaluate at: 12,6,2 [all that divide]
+    steps: str = ""                    # numbers of steps to evaluate at: 12,6,2 [all that fit]
     save_every: int = 10               # updates between checkpoints
 
     @property
@@ -1041,30 +1039,31 @@ class Config:
                         self.top_k, self.top_p)
 
     def cells(self):
-        """(greedy, Decoding) of each evaluation: greedy max_prob, which is LLaDA's own low-confidence
-        decoding, and as the rollouts sample."""
+        """(greedy, Decoding) of each evaluation: greedy max_prob, which is LLaDA's low-confidence
+        decoding (its confidence is the likeliest token's), and as the rollouts sample."""
+        def greedy(m):
+            return Decoding(self.eval_C, m, self.eval_block, "max_prob", temperature=0.0)
         steps = [int(m) for m in self.steps.split(",")]
-        greedy = [(True, Decoding(self.eval_C, m, self.eval_block, "max_prob", 0.0)) for m in steps]
         some = {*steps, self.m} & {*step_counts(self.C, self.block_length)}
         sampled = [(False, replace(self.how, m=m)) for m in sorted(some, reverse=True)]
-        return greedy + sampled * self.eval_sampled
+        return [(True, greedy(m)) for m in steps] + sampled * self.eval_sampled
 
     def headline(self):
         """The evaluation that a run is known by."""
         return (False, self.how) if self.eval_sampled else self.cells()[0]
 
 
-# tiny: measured here, see README. llada: the paper's settings, but its learning rate came with 24
-# optimizer steps an update, so ours is to be swept. qwen: a guess for a consumer GPU.
+# tiny: measured here, see README. llada: the paper's settings, but its learning rate came with
+# 24 optimizer steps an update, so ours is to be swept. qwen: a guess for a consumer GPU.
 PRESETS = {
     "tiny": dict(model="lab/tiny"),
     "tiny/countdown": dict(C=12, m=2, k=1, max_number=16, division=False, lr=1.5e-3, updates=500),
     "tiny/sudoku": dict(C=20, m=2, k=1, empties=10, unmasking="max_prob"),
     "llada": dict(
         model="GSAI-ML/LLaDA-8B-Instruct", dtype="bfloat16", recompute=True, C=384, m=128,
-        block_length=12, temperature=0.6, top_k=150, top_p=0.99, questions=16, k=24, updates=300,
-        lr=1e-5, lora_r=64, lora_alpha=64, micro_batch=4, rollout_batch=16, eval_C=256,
-        eval_block=32, steps="128", eval_sampled=False),
+        block_length=12, temperature=0.6, top_k=150, top_p=0.99, questions=16, k=24,
+        updates=300, lr=1e-5, lora_r=64, lora_alpha=64, micro_batch=4, rollout_batch=16,
+        eval_C=256, eval_block=32, steps="128", eval_sampled=False),
     "qwen": dict(
         model="dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1", dtype="bfloat16", C=256, m=64,
         block_length=32, temperature=0.8, top_k=150, top_p=0.99, questions=16, k=8, updates=300,
@@ -1094,11 +1093,12 @@ def parse(argv=None):
     typed = dict(vars(parser.parse_args(argv)), task=task)
 
     # Naming a preset's model asks for its settings.
-    named = [p for p, values in PRESETS.items() if typed.get("model") == values.get("model", "")]
+    model = typed.get("model")
+    named = [p for p, values in PRESETS.items() if model and model == values.get("model")]
     preset = typed.setdefault("preset", named[0] if named else "tiny")
-    if preset == "tiny" and "model" not in typed and f"tiny/{task}" not in PRESETS:
-        raise UserError(f"--task {task} needs a model that reads its problems: add --preset llada, "
-                        "--preset qwen or --model")
+    if preset == "tiny" and not model and f"tiny/{task}" not in PRESETS:
+        raise UserError(f"--task {task} needs a model that reads its problems: add --preset "
+                        "llada, --preset qwen or --model")
     values = {**PRESETS[preset], **PRESETS.get(f"{preset}/{task}", {}), **typed}
     options = {name: values.pop(name) for name in tasks.TASKS[task].options if name in values}
     cfg = Config(**values, options=options)
@@ -1127,34 +1127,33 @@ def add_flag(parser, name, default, help):
     kind = type(default)
     more = dict(type=boolean, nargs="?", const=True) if kind is bool else dict(type=kind)
     spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-    parser.add_argument(*spellings, dest=name, default=argparse.SUPPRESS, choices=CHOICES.get(name),
-                        metavar=kind.__name__.upper(), help=f"{help} [{default}]".replace("%", "%%"),
-                        **more)
+    help = f"{help} [{default}]".replace("%", "%%")
+    parser.add_argument(*spellings, dest=name, default=argparse.SUPPRESS, help=help,
+                        choices=CHOICES.get(name), metavar=kind.__name__.upper(), **more)
 
 
 def check(cfg, typed):
     """Refuse what cannot work, in a sentence that says what would."""
-    gpus, value = torch.cuda.device_count(), asdict(cfg)
-    gpu = re.fullmatch(r"cuda:?(\d*)", cfg.device)
-    rules = [(value == "", f"--{name} is empty: leave it out, or give a value")
-             for name, value in typed.items()]
-    rules += [(not least <= value[name] < math.inf, f"--{name} {value[name]} must be at least {least}")
+    value, gpus, gpu = asdict(cfg), torch.cuda.device_count(), re.fullmatch(r"cuda:?(\d*)", cfg.device)
+    rules = [(typed[name] == "", f"--{name} is empty: leave it out, or give a value")
+             for name in typed]
+    rules += [(not least <= value[name] < math.inf, f"--{name} {value[name]} is below {least}")
               for name, least in AT_LEAST.items()]
     rules += [(not 0 < value[name] < math.inf, f"--{name} {value[name]} must be above 0")
               for name in ("lr", "eps", "max_grad_norm")]
     rules += [
         (cfg.seed >= 2 ** 32, f"--seed {cfg.seed} is too large: use one below 2 ** 32"),
         (cfg.device != "cpu" and not (gpu and int(gpu[1] or 0) < gpus),
-         f"--device {cfg.device} is not here (torch sees {gpus} GPUs): choose cpu, cuda or cuda:N"),
+         f"--device {cfg.device} is not here, torch sees {gpus} GPUs: choose cpu, cuda, cuda:N"),
         (not re.fullmatch(r"\d+(,\d+)*", cfg.steps),
          f"--steps {cfg.steps} must be numbers with commas between, as in 12,6,3"),
         (cfg.updates > 0 and cfg.temperature == 0,
          "--temperature 0 is greedy, all rollouts of a group would be equal: train at 1.0 or so"),
-        (cfg.k > cfg.m, f"--k {cfg.k} is more than --m {cfg.m}, the steps of a rollout: use k < m"),
-        (cfg.beta > 0 and not cfg.lora_r, "--beta needs adapters to switch off: --lora_r above 0"),
-        (cfg.adapter and not cfg.lora_r, "--adapter needs adapters: --lora_r above 0"),
+        (cfg.k > cfg.m, f"--k {cfg.k} is more than the --m {cfg.m} steps of a rollout: use k < m"),
+        (cfg.beta > 0 and not cfg.lora_r, "--beta needs adapters to switch off: --lora_r 32"),
+        (cfg.adapter and not cfg.lora_r, "--adapter needs --lora_r above 0"),
         (not cfg.lora_r and cfg.dtype != "float32",
-         f"--lora_r 0 trains all weights, and small steps vanish in {cfg.dtype}: --dtype float32")]
+         f"--lora_r 0: small steps of all weights vanish in {cfg.dtype}; use --dtype float32")]
     broken = [sentence for is_broken, sentence in rules if is_broken]
     try:
         cfg.how, broken or cfg.cells()
@@ -1169,8 +1168,8 @@ def find_task(name):
     if name in tasks.TASKS:
         return name
     if not name.endswith(".py"):
-        raise UserError(f"--task {name} is unknown: choose from {', '.join(tasks.TASKS)}, or give a "
-                        "FILE.py that registers one")
+        raise UserError(f"--task {name} is unknown: choose from {', '.join(tasks.TASKS)}, or give "
+                        "a FILE.py that registers one")
     before = dict(tasks.TASKS)
     import_file(name, "--task")
     new = [task for task in tasks.TASKS if tasks.TASKS[task] is not before.get(task)]
@@ -1187,15 +1186,15 @@ def import_file(path, flag):
         raise UserError(f"{flag} {path}: {file} is no Python file")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault("agrpo", sys.modules[__name__])      # its `import agrpo` is this module
+    sys.modules.setdefault("agrpo", sys.modules[__name__])      # its `import agrpo` is this one
     try:
         spec.loader.exec_module(module)
         return getattr(module, name) if name else module
     except Exception as e:
-        raise UserError(f"{flag} {path} cannot be imported: {type(e).__name__}: {first_line(e)}") from e
+        raise UserError(f"{flag} {path} fails: {type(e).__name__}: {first_line(e)}") from e
 
 
-# --- what is kept -------------------------------------------------------------------------------
+# --- what is kept -----------------------------------------------------------------------------
 
 def write(path, data):
     """Bytes to a file that is either the old one or the new one, whenever the process dies."""
@@ -1212,7 +1211,7 @@ def write(path, data):
 
 
 def to_json(value, indent=None):
-    """Strict JSON: a number that is not finite becomes null."""
+    """A line of strict JSON: a number that is not finite becomes null."""
     def finite(x):
         if isinstance(x, dict):
             return {name: finite(v) for name, v in x.items()}
@@ -1241,31 +1240,31 @@ def folder_of_my_own(out):
 
 
 def fingerprint(model):
-    """The first numbers of every tensor of the base model, hashed: another model has another."""
+    """The first numbers of the base model's tensors, hashed: another model has another."""
     some = [p.detach().flatten()[:8].double().cpu() for name, p in model.named_parameters()
             if "lora_" not in name]
     return blake2b(torch.cat(some).numpy().tobytes(), digest_size=8).hexdigest()
 
 
-def load_checkpoint(path, cfg, trained, optimizer):
+def load_checkpoint(path, cfg, base, trained, optimizer):
     """Put the last checkpoint back. Returns its state, or None if there is none yet."""
     if not path.exists():
         return None
     try:
         with zipfile.ZipFile(path) as archive:
-            if archive.testzip():                               # compares the bytes' checksums
+            if archive.testzip():                               # compares checksums
                 raise ValueError("its bytes are damaged")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         config, params, state = saved["config"], saved["trained"], saved["state"]
     except Exception as e:             # whatever the readers of zip and pickle raise
-        raise UserError(f"{path} cannot be read ({first_line(e)}): move it away to start anew") from e
+        raise UserError(f"{path} cannot be read ({first_line(e)}): move it away") from e
     free = ("out", "device", "save_every", "wandb", "preset", "revision", "model")
     for name, value in asdict(cfg).items():
         if name not in free and config.get(name) != value:
-            raise UserError(f"{path} was made with --{name} {config.get(name)}, not {value}: repeat its "
-                            "flags (config.json beside it has them), or choose another --out")
-    if state["fingerprint"] != cfg.fingerprint or params.keys() != trained.keys():
-        raise UserError(f"{path} is of another model than --model {cfg.model}: choose another --out")
+            raise UserError(f"{path} was made with --{name} {config.get(name)}, not {value}: "
+                            "repeat its flags (config.json has them), or choose another --out")
+    if state["base_model"] != base or params.keys() != trained.keys():
+        raise UserError(f"{path} is not of --model {cfg.model}: choose another --out")
     with torch.no_grad():
         for name, p in trained.items():
             p.copy_(params[name])
@@ -1279,49 +1278,67 @@ def save_weights(policy, folder):
     try:
         policy.model.save_pretrained(partial)
         policy.tokenizer.save_pretrained(partial)
-    except Exception as e:                                      # safetensors has errors of its own
+    except Exception as e:                                      # safetensors has its own errors
         raise OSError(getattr(e, "errno", None), first_line(e), str(folder)) from e
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 
 
-# --- what is printed ----------------------------------------------------------------------------
+# --- what is printed --------------------------------------------------------------------------
 
 def say(text):
-    """Print from the first process, to a terminal that may be gone, in lines of 120 columns."""
-    if processes()[0] == 0:
-        wrap = textwrap.TextWrapper(120, subsequent_indent="      ", drop_whitespace=False,
-                                    break_long_words=False, break_on_hyphens=False)
-        try:
-            for line in text.split("\n"):
-                print(wrap.fill(line), flush=True)
-        except OSError:                                         # nobody reads any more: go on
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Print, from the first process, to a terminal that may be gone."""
+    try:
+        print(text, flush=True) if processes()[0] == 0 else None
+    except OSError:                                             # nobody reads any more: go on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def cut(text, width=100):
     """One safe line of at most `width` columns, the middle left out."""
-    text = tasks.printable(" ".join(text.split()))
-    return text if len(text) <= width else text[:width // 2 - 2] + " .. " + text[-width // 2 + 2:]
+    text, half = tasks.printable(" ".join(text.split())), width // 2 - 2
+    return text if len(text) <= width else text[:half] + " .. " + text[-half:]
+
+
+def header(cfg, policy, *sources):
+    """Versions, device, what differs from the defaults, and the counts that follow."""
+    plain, cpu = asdict(Config()), torch.device(cfg.device).type == "cpu"
+    where = f"{torch.get_num_threads()} threads" if cpu else torch.cuda.get_device_name(cfg.device)
+    say(f"AGRPO | {', '.join(f'{name} {v}' for name, v in versions().items())} | {cfg.device}, "
+        f"{where}, {processes()[1]} process(es) | seed {cfg.seed} | {cfg.out}")
+    changed = [f"{name} {value}" for name, value in asdict(cfg).items() if value != plain[name]]
+    for i in range(0, len(changed), 7):
+        say("    " + ", ".join(changed[i:i + 7]))
+    say("\n".join(policy.notes))
+    say(f"{cfg.questions} questions x G {cfg.G} = {cfg.questions * cfg.G} rollouts an update, "
+        f"{cfg.how.W} tokens a step; {cfg.m} forwards write one, at most k = {cfg.k} learn from it")
+    say(f"training: {sources[0]}\nheld out: {sources[1]}")
+
+
+def versions():
+    import peft
+    import transformers
+    modules = dict(torch=torch, transformers=transformers, peft=peft)
+    return {name: module.__version__ for name, module in modules.items()}
+
+
+def measure(policy, data, cfg, cell):
+    """One row of the table of evaluations: accuracy, its interval, means of other metrics."""
+    greedy, how = cell
+    grades = grade_held_out(policy, data, cfg, how, cfg.eval_n)
+    n, right = len(grades), sum(g.correct for g in grades)
+    low, high = wilson(right, n)
+    more = {name: sum(g.metrics[name] for g in grades) / n for name in grades[0].metrics}
+    return dict(m=how.m, greedy=greedy, n=n, accuracy=right / n, low=low, high=high,
+                reward=sum(g.reward for g in grades) / n, **more)
 
 
 def wilson(correct, n, z=1.96):
-    """95 % interval of a proportion (Wilson score): sensible at 0 and n too. Returns (low, high)."""
+    """95 % interval of a proportion (Wilson score), sensible at 0 and n too: (low, high)."""
     p, d = correct / n, 1 + z * z / n
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
     middle = (p + z * z / (2 * n)) / d
     return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def measure(policy, data, cfg, cell):
-    """One row of the table of evaluations: accuracy with its interval, means of other metrics."""
-    greedy, how = cell
-    grades = grade_held_out(policy, data, cfg, how, cfg.eval_n)
-    n, right = len(grades), sum(g.correct for g in grades)
-    more = {name: sum(g.metrics[name] for g in grades) / n for name in grades[0].metrics}
-    low, high = wilson(right, n)
-    return dict(m=how.m, greedy=greedy, n=n, accuracy=right / n, low=low, high=high,
-                reward=sum(g.reward for g in grades) / n, **more)
 
 
 def table_row(*found):
@@ -1335,24 +1352,8 @@ def table_row(*found):
     return text
 
 
-def header(cfg, policy, *sources):
-    """Versions, device, what differs from the defaults, and the counts that follow."""
-    device, plain = torch.device(cfg.device), asdict(Config())
-    where = f"{torch.get_num_threads()} CPU threads"
-    if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
-    say(f"AGRPO | {', '.join(f'{k} {v}' for k, v in versions().items())} | {where} x "
-        f"{processes()[1]} process(es) | seed {cfg.seed} | {cfg.out}")
-    changed = [f"{name} {value}" for name, value in asdict(cfg).items() if value != plain[name]]
-    say("differs from the defaults: " + ", ".join(changed))
-    say("\n".join(policy.notes))
-    say(f"{cfg.questions} questions x G {cfg.G} = {cfg.questions * cfg.G} rollouts an update, "
-        f"{cfg.how.W} tokens a step; {cfg.m} forwards write a rollout, at most k = {cfg.k} learn "
-        f"from it\ntraining: {sources[0]}; held out: {sources[1]}")
-
-
-COLUMNS = dict(update=9, reward=8, right=7, dead=6, H=6, ratio=12, clip=9, norm=8, len=5, roll=8,
-               loss=8, memory=8, left=8)
+COLUMNS = dict(update=9, reward=8, right=7, dead=6, H=6, ratio=12, clip=9, norm=8, len=5,
+               roll=8, loss=8, memory=8, left=8)
 
 
 def console(now, sample, state, cfg, left):
@@ -1362,17 +1363,19 @@ def console(now, sample, state, cfg, left):
         return
     if state["lines"] % 10 == 0:
         state["samples"].append(dict(update=now["update"], **sample))
-        say(f"    prompt     {cut(sample['prompt'])}\n    half-way   {cut(sample['half'])}\n"
-            f"    answer     {cut(sample['text'])}\n    checker    read {cut(sample['parsed'], 40)!r}: "
-            f"{cut(sample['reason'], 36)}, reward {sample['reward']:.2f}")
+        for name, key in (("prompt", "prompt"), ("half-way", "half"), ("answer", "text")):
+            say(f"    {name:10s} {cut(sample[key])}")
+        say(f"    {'checker':10s} read {cut(sample['parsed'], 40)!r}: {cut(sample['reason'], 40)}, "
+            f"reward {sample['reward']:.2f}")
         say("".join(f"{name:>{width}}" for name, width in COLUMNS.items()))
     state["lines"] += 1
-    values = (f"{now['update']}/{cfg.updates}", f"{now['reward']:.2f}", f"{now['correct']:.0%}",
+    values = [f"{now['update']}/{cfg.updates}", f"{now['reward']:.2f}", f"{now['correct']:.0%}",
               f"{now['dead_groups']:.0%}", f"{now['entropy']:.2f}",
               f"{now['ratio_min']:.3g}-{now['ratio_max']:.3g}",
               f"{now['clip_low']:.0%}/{now['clip_high']:.0%}", f"{now['grad_norm']:.3g}",
-              f"{now['length']:.0f}", f"{now['rollout_seconds']:.2f}s", f"{now['loss_seconds']:.2f}s",
-              f"{now['memory_bytes'] / 2**20:.0f}M", f"{left // 60:.0f}:{left % 60:02.0f}")
+              f"{now['length']:.0f}"]
+    values += [f"{now[part]:.2f}s" for part in ("rollout_seconds", "loss_seconds")]
+    values += [f"{now['memory_bytes'] / 2**20:.0f}M", f"{left // 60:.0f}:{left % 60:02.0f}"]
     say("".join(f"{value:>{width}}" for value, width in zip(values, COLUMNS.values())))
 
 
@@ -1380,22 +1383,20 @@ def warnings(now, past):
     """(kind, sentence) of the ways in which training fails, with the likely cause."""
     norm, H, dead, late = (now[x] for x in ("grad_norm", "entropy", "dead_groups", "late_eos"))
     norms = sorted([x["grad_norm"] for x in past if 0 < x["grad_norm"] < math.inf][-20:])
-    clipped = now["clip_low"] + now["clip_high"]
-    if not math.isfinite(norm):
-        yield "broken", f"update {now['update']} changed nothing, its gradient is not finite"
-    elif len(norms) >= 10 and norm > 10 * norms[len(norms) // 2]:
-        yield "spike", (f"gradient norm {norm:.3g} is over 10 times its median: --k is too small, or "
-                        "the weights are unbounded")
-    if past and H < 0.05 * past[0]["entropy"]:
-        yield "entropy", (f"entropy {H:.3g} fell from {past[0]['entropy']:.3g}: the policy has stopped "
-                          "exploring; lower --lr, or stop here")
-    if late > 0.9:
-        yield "eos", f"{late:.0%} of the last steps' tokens are EOS: shorten --C, or --block_length"
-    if dead > 0.8:
-        yield "dead", (f"{dead:.0%} of the groups are dead (all rewards equal): problems too easy or too "
-                       "hard, or --G too small")
-    if clipped > 0.3:
-        yield "clip", f"{clipped:.0%} of the tokens are clipped: lower --lr or --mu"
+    H_first, clipped = past[0]["entropy"] if past else 0.0, now["clip_low"] + now["clip_high"]
+    spike = len(norms) >= 10 and 10 * norms[len(norms) // 2] < norm < math.inf
+    signs = dict(
+        broken=(not math.isfinite(norm), "this gradient is not finite, the update changed nothing"),
+        spike=(spike, f"gradient norm {norm:.3g} is over 10 times its median: k too small, or "
+                      "weights without a bound"),
+        entropy=(H < 0.05 * H_first, f"entropy {H:.3g} fell from {H_first:.3g}: the policy has "
+                                     "stopped exploring; lower --lr, or stop here"),
+        eos=(late > 0.9, f"{late:.0%} of the last steps' tokens are EOS: shorten --C or "
+                         "--block_length"),
+        dead=(dead > 0.8, f"{dead:.0%} of the groups are dead (all rewards equal): problems too "
+                          "easy or too hard, or --G too small"),
+        clip=(clipped > 0.3, f"{clipped:.0%} of the tokens are clipped: lower --lr or --mu"))
+    return [(kind, sentence) for kind, (shown, sentence) in signs.items() if shown]
 
 
 def draw_curve(path, history, evals, title):
@@ -1406,22 +1407,22 @@ def draw_curve(path, history, evals, title):
     fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
     ax.plot([h["update"] for h in history], [h["correct"] for h in history], lw=0.8, alpha=0.5,
             label="training rollouts")
-    x, y, low, high = zip(*[[e[k] for k in ("update", "accuracy", "low", "high")] for e in evals])
+    x, y, low, high = ([e[key] for e in evals] for key in ("update", "accuracy", "low", "high"))
     ax.plot(x, y, "o-", label="held-out")
     ax.fill_between(x, low, high, alpha=0.2)
     ax.axhline(y[0], ls="--", c="gray", label="base model")
     ax.set(xlabel="update", ylabel="accuracy", ylim=(0, 1), title=title)
     ax.legend()
-    blob = io.BytesIO()
-    fig.savefig(blob, dpi=120)
+    picture = io.BytesIO()
+    fig.savefig(picture, dpi=120)
     plt.close(fig)
-    write(path, blob.getvalue())
+    write(path, picture.getvalue())
 
 
-# --- a run --------------------------------------------------------------------------------------
+# --- a run ------------------------------------------------------------------------------------
 
 class Stop:
-    """Ctrl-C, SIGTERM, SIGHUP: the update in hand is finished and saved; the second time, at once."""
+    """Ctrl-C, SIGTERM, SIGHUP: the update in hand is finished and saved; a second one, at once."""
     asked = False
 
     def __enter__(self):
@@ -1438,7 +1439,7 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        with contextlib.suppress(OSError):                      # not print: one may be under way
+        with contextlib.suppress(OSError):                      # print may be under way
             os.write(2, b"\nstopping after this update, to save it (again: at once)\n")
 
 
@@ -1450,11 +1451,11 @@ def join_processes(cfg):
         cfg.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(cfg.device)
     # One process may learn for long while another, with dead groups only, waits for it.
-    patience = timedelta(hours=2)
-    dist.init_process_group("gloo" if cfg.device == "cpu" else "nccl", timeout=patience)
+    backend, patience = "gloo" if cfg.device == "cpu" else "nccl", timedelta(hours=2)
+    dist.init_process_group(backend, timeout=patience)
     if cfg.questions % processes()[1]:
-        raise UserError(f"--questions {cfg.questions} cannot be shared equally by {processes()[1]} "
-                        "processes: choose a multiple")
+        raise UserError(f"--questions {cfg.questions} cannot be shared equally by "
+                        f"{processes()[1]} processes: choose a multiple")
 
 
 def must_agree(what):
@@ -1462,24 +1463,24 @@ def must_agree(what):
     for other in gather(what):
         for name in what:
             if other[name] != what[name]:
-                raise UserError(f"two processes have --{name} {other[name]} and {what[name]}: start all "
-                                "with the same flags and files, on a disk that all see")
+                raise UserError(f"two processes have --{name} {other[name]} and {what[name]}: "
+                                "start all with the same flags and files, on a disk all see")
 
 
 def short_enough(policy, data, cfg, split):
     """The examples whose prompts have at most --max_prompt tokens. Says how many have more."""
-    generated = data.source.startswith("generated")             # many: the first 100 stand for all
+    generated = data.source.startswith("generated")             # the first 100 stand for them all
     some = [data[i] for i in range(min(len(data), 100) if generated else len(data))]
     _, mask = policy.encode([tasks.TASKS[cfg.task].prompt(example) for example in some])
     length = mask.sum(dim=1).tolist()
     kept = [example for example, n in zip(some, length) if n <= cfg.max_prompt]
-    left_out = len(some) - len(kept)
-    if left_out and (generated or not kept):
-        raise UserError(f"--max_prompt {cfg.max_prompt}: {left_out} of {len(some)} {split} prompts have "
-                        f"more tokens, up to {max(length)}: allow more")
-    if left_out:
-        say(f"{left_out} of {len(some)} {split} prompts have over {cfg.max_prompt} tokens: left out")
-    return kept if left_out else data
+    what = f"{len(some) - len(kept)} of {len(some)} {split} prompts have over {cfg.max_prompt} tokens"
+    if len(kept) == len(some):
+        return data
+    if generated or not kept:
+        raise UserError(f"{what}, up to {max(length)}: raise --max_prompt")
+    say(f"{what}: left out")
+    return kept
 
 
 def peak_memory(device):
@@ -1490,65 +1491,54 @@ def peak_memory(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def versions():
-    import peft
-    import transformers
-    return dict(torch=torch.__version__, transformers=transformers.__version__,
-                peft=peft.__version__)
-
-
-def wandb_log(cfg):
-    try:
-        import wandb
-    except ImportError:
-        raise UserError(f"--wandb {cfg.wandb} needs the package: pip install wandb") from None
-    wandb.init(project=cfg.wandb, config=asdict(cfg), dir=cfg.out)
-    return lambda now: wandb.log(now, step=now["update"])
-
-
 def run(cfg):
     """Train, or go on: a folder with a checkpoint is resumed, to the same numbers. -> exit code"""
     join_processes(cfg)
-    first_process = processes()[0] == 0
-    with folder_of_my_own(Path(cfg.out)) if first_process else contextlib.nullcontext(), Stop() as stop:
-        test = tasks.load(cfg.task, "test", file=cfg.test_file or None, **cfg.options)
-        data = test if cfg.updates == 0 else tasks.load(
-            cfg.task, "train", seed=cfg.seed, file=cfg.train_file or None, held_out=test, **cfg.options)
-        sources = data.source, test.source
-        policy = load_policy(cfg)
-        cfg.fingerprint = fingerprint(policy.model)
-        must_agree(dict(asdict(cfg), device="", model=cfg.fingerprint))
-        header(cfg, policy, *sources)
-        test = short_enough(policy, test, cfg, "held-out")
-        data = short_enough(policy, data, cfg, "training") if cfg.updates else test
-        code, state = learn(cfg, policy, data, test, stop)
-        return code or finish(cfg, policy, test, state, sources[1])
+    with contextlib.ExitStack() as stack:
+        if processes()[0] == 0:
+            stack.enter_context(folder_of_my_own(Path(cfg.out)))
+        stop = stack.enter_context(Stop())
+        test = data = tasks.load(cfg.task, "test", file=cfg.test_file or None, **cfg.options)
+        if cfg.updates:
+            data = tasks.load(cfg.task, "train", seed=cfg.seed, file=cfg.train_file or None,
+                              held_out=test, **cfg.options)
+        policy, source = load_policy(cfg), test.source
+        header(cfg, policy, data.source, source)
+        test, data = (short_enough(policy, test, cfg, "held-out"),
+                      short_enough(policy, data, cfg, "training"))
+        state = learn(cfg, policy, data, test, stop)
+        if state["update"] < cfg.updates:
+            say(f"stopped after update {state['update']}, which is saved in {cfg.out}; the same "
+                "command goes on")
+            return 130
+        return finish(cfg, policy, test, state, source)
 
 
 def learn(cfg, policy, data, test, stop):
-    """From the checkpoint, or from the base model and its table, to the last update."""
+    """From the checkpoint, or from the base model and its table, to the last update -> state"""
     out, first_process, began = Path(cfg.out), processes()[0] == 0, time.time()
     trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-    params = list(trained.values())
-    optimizer = torch.optim.AdamW(params, cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
-    state = load_checkpoint(out / "checkpoint.pt", cfg, trained, optimizer)
+    params, base = list(trained.values()), fingerprint(policy.model)
+    must_agree(dict(asdict(cfg), device="", model=base))
+    optimizer = torch.optim.AdamW(params, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+    state = load_checkpoint(out / "checkpoint.pt", cfg, base, trained, optimizer)
     must_agree(dict(out=state and state["update"]))
     before = state["seconds"] if state else 0.0
 
     def save():
+        state["seconds"] = before + time.time() - began
+        state["memory_bytes"] = max(state["memory_bytes"], peak_memory(cfg.device))
         if first_process:
-            state["seconds"] = before + time.time() - began
-            state["memory_bytes"] = max(state["memory_bytes"], peak_memory(cfg.device))
-            blob = io.BytesIO()
+            file = io.BytesIO()
             torch.save(dict(state=state, config=asdict(cfg), trained=trained,
-                            optimizer=optimizer.state_dict()), blob)
-            write(out / "checkpoint.pt", blob.getbuffer())
+                            optimizer=optimizer.state_dict()), file)
+            write(out / "checkpoint.pt", file.getbuffer())
 
     if state:
         say(f"going on after update {state['update']} of {cfg.updates}")
     else:
-        state = dict(update=0, seconds=0.0, memory_bytes=0, fingerprint=cfg.fingerprint, base=[],
-                     evals=[], history=[], samples=[], lines=0, warned={})
+        state = dict(update=0, seconds=0.0, memory_bytes=0, base_model=base, base=[], evals=[],
+                     history=[], samples=[], lines=0, warned={})
         say(" steps sampling   base [95 % interval]")
         for cell in cfg.cells():
             state["base"].append(measure(policy, test, cfg, cell))
@@ -1558,11 +1548,13 @@ def learn(cfg, policy, data, test, stop):
     if first_process:
         write(out / "config.json", to_json(dict(asdict(cfg), versions=versions()), indent=2))
         write(out / "metrics.jsonl", b"".join(map(to_json, state["history"])))
-    log = wandb_log(cfg) if first_process and cfg.wandb else lambda now: None
+    if first_process and cfg.wandb:
+        import wandb
+        wandb.init(project=cfg.wandb, config=asdict(cfg), dir=cfg.out)
 
-    first, loop_began = state["update"], time.time()
+    first, loop_began, history = state["update"], time.time(), state["history"]
     for now in train(policy, data, cfg, params, optimizer, first):
-        sample, update, history = now.pop("sample"), now["update"], state["history"]
+        sample, update = now.pop("sample"), now["update"]
         now["memory_bytes"] = peak_memory(cfg.device)
         left = (time.time() - loop_began) / (update - first) * (cfg.updates - update)
         console(now, sample, state, cfg, left)
@@ -1574,24 +1566,26 @@ def learn(cfg, policy, data, test, stop):
             found = measure(policy, test, cfg, cfg.headline())
             state["evals"].append(dict(update=update, **found))
             now["held_out"] = found["accuracy"]
-            say(f"    held-out{table_row(found)}, n = {found['n']}")
-        history.append(now)
+            say(f"    held-out{table_row(found)}   n {found['n']}")
         state["update"] = update
-        diverged = len(history) >= 3 and not any(math.isfinite(x["grad_norm"]) for x in history[-3:])
-        stopping = any(gather(stop.asked))                      # Ctrl-C for one is Ctrl-C for all
+        history.append(now)
+        broken = [not math.isfinite(x["grad_norm"]) for x in history[-3:]]
+        diverged = len(broken) == 3 and all(broken)
+        stopping = any(gather(stop.asked))                      # Ctrl-C for one is for all
         if first_process:
-            log(now)
             with open(out / "metrics.jsonl", "ab") as f:
                 f.write(to_json(now))
+        if first_process and cfg.wandb:
+            wandb.log(now, step=update)
         if update % cfg.save_every == 0 or update == cfg.updates or stopping or diverged:
             save()
         if diverged:
             raise UserError("three updates in a row had a gradient that is not finite: start again "
-                            f"with a lower --lr and another --out (the weights before are in {out})")
-        if stopping and update < cfg.updates:
-            say(f"stopped after update {update}, which is saved in {out}; the same command goes on")
-            return 130, state
-    return 0, dict(state, seconds=before + time.time() - began)
+                            f"with a lower --lr and another --out ({out} has the weights before)")
+        if stopping:
+            break
+    state["seconds"] = before + time.time() - began
+    return state
 
 
 def headline(rows, cfg):
@@ -1601,35 +1595,38 @@ def headline(rows, cfg):
 
 def finish(cfg, policy, test, state, source):
     """The table base beside trained, the weights, the curve and, last, summary.json."""
-    say("\n steps sampling   base [95 % interval]    trained")
+    say("\n steps sampling   base [95 % interval]     trained")
     final, history, out = [], state["history"], Path(cfg.out)
-    for base, cell in zip(state["base"], cfg.cells()):
-        final.append(measure(policy, test, cfg, cell) if cfg.updates else base)
-        say(table_row(base, final[-1]))
+    for row, cell in zip(state["base"], cfg.cells()):
+        final.append(measure(policy, test, cfg, cell) if cfg.updates else row)
+        say(table_row(row, final[-1]))
     base, last = headline(state["base"], cfg), headline(final, cfg)
     evals = state["evals"] + [dict(update=cfg.updates, **last)] * (cfg.updates > 0)
     best = max(evals, key=lambda e: e["accuracy"])
     roll, loss = (sum(x[name] for x in history) for name in ("rollout_seconds", "loss_seconds"))
-    memory = max(state["memory_bytes"], peak_memory(cfg.device))
+    summary = dict(
+        task=cfg.task, model=cfg.model, seed=cfg.seed, base_accuracy=base["accuracy"],
+        final_accuracy=last["accuracy"], best_accuracy=best["accuracy"],
+        best_update=best["update"], eval_n=last["n"], test_data=source, updates=state["update"],
+        skipped_updates=sum(not math.isfinite(x["grad_norm"]) for x in history),
+        seconds=state["seconds"], rollout_seconds=roll, loss_seconds=loss,
+        peak_memory_bytes=max(state["memory_bytes"], peak_memory(cfg.device)),
+        base=state["base"], final=final, evals=evals)
     weights = out / ("adapter" if cfg.lora_r else "model")
     if processes()[0] == 0:
         save_weights(policy, weights)
         draw_curve(out / "curve.png", history, evals, f"{cfg.task}, m = {cfg.m}, k = {cfg.k}")
         write(out / "samples.jsonl", b"".join(map(to_json, state["samples"])))
-        write(out / "summary.json", to_json(dict(
-            task=cfg.task, model=cfg.model, seed=cfg.seed, base_accuracy=base["accuracy"],
-            final_accuracy=last["accuracy"], best_accuracy=best["accuracy"],
-            best_update=best["update"], eval_n=last["n"], test_data=source, updates=state["update"],
-            skipped_updates=sum(not math.isfinite(x["grad_norm"]) for x in history),
-            seconds=state["seconds"], rollout_seconds=roll, loss_seconds=loss,
-            peak_memory_bytes=memory, base=state["base"], final=final, evals=evals), indent=2))
+        write(out / "summary.json", to_json(summary, indent=2))
     if history and not any(x["pairs"] for x in history):
-        say("    warning: no rollout was learnt from, every group was dead: easier or harder problems")
-    say(f"best held-out {best['accuracy']:.1%} (update {best['update']}), last {last['accuracy']:.1%}; "
-        f"{state['seconds']:.0f} s: rollouts {roll:.0f}, learning {loss:.0f}; peak "
-        f"{memory / 2**20:.0f} MiB\nwritten to {out}: metrics.jsonl config.json samples.jsonl "
-        f"summary.json curve.png {weights.name}/\nheld-out accuracy {base['accuracy']:.1%} -> "
-        f"{last['accuracy']:.1%} (m = {last['m']}, n = {last['n']})")
+        say("    warning: no rollout was learnt from, every group was dead: other problems?")
+    say(f"best held-out {best['accuracy']:.1%} (update {best['update']}), last "
+        f"{last['accuracy']:.1%}; {state['seconds']:.0f} s, of these rollouts {roll:.0f} and "
+        f"learning {loss:.0f}; peak {summary['peak_memory_bytes'] / 2**20:.0f} MiB")
+    say(f"written to {out}: metrics.jsonl config.json samples.jsonl summary.json curve.png "
+        f"{weights.name}/")
+    say(f"held-out accuracy {base['accuracy']:.1%} -> {last['accuracy']:.1%} (m = {last['m']}, "
+        f"n = {last['n']})")
     return 0
 
 
@@ -1643,17 +1640,19 @@ def in_one_sentence(program):
     except FloatingPointError as e:
         sentence = f"{e}: its weights have diverged; start again with a lower --lr"
     except torch.OutOfMemoryError as e:
-        sentence = f"{first_line(e).split('. ')[0]}: lower --micro_batch, --rollout_batch, or --recompute"
+        sentence = f"{first_line(e)}: lower --micro_batch and --rollout_batch, or add --recompute"
+    except ImportError as e:
+        sentence = f"{e}: pip install it"
     except BrokenPipeError:
         return 141
     except OSError as e:
-        sentence = (f"cannot write {e.filename or 'the output'} ({e.strerror or e}): make room or choose "
-                    f"another --out; {goes_on}")
+        sentence = (f"cannot write {e.filename or 'the output'} ({e.strerror or e}): make room or "
+                    f"choose another --out; {goes_on}")
     except RuntimeError as e:
         lost = re.search("closed by peer|reset by peer|timed? ?out|gloo|nccl", str(e), re.I)
         if not (lost and dist.is_initialized()):
             raise
-        sentence = f"another process of this run has died, its own message says why; {goes_on}"
+        sentence = f"another process of this run has died, its message says why; {goes_on}"
     except KeyboardInterrupt:
         print(f"agrpo: stopped at once; {goes_on}", file=sys.stderr)
         return 130
@@ -1665,7 +1664,7 @@ def main(argv=None):
     code = in_one_sentence(lambda: run(parse(argv)))
     if dist.is_initialized():
         if code == 0:
-            dist.barrier()                                      # none leaves while another talks to it
+            dist.barrier()                                      # none leaves while another talks
         dist.destroy_process_group()
     return code
 

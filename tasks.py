@@ -12,15 +12,14 @@ A literal problem of each task, and the text that earns the maximum reward, 4:
 countdown-3to4 and gsm8k-platinum are the same tasks on other data. MATH and multiple choice are
 files of their own, lab/math_task.py and lab/choice_task.py: `--task FILE.py` loads such a file.
 
-`correct` is about content, `format` about tags; reward = format + 3 x right:
+`correct` is about content, `format` about tags. Reward = format + 3 x right: a right answer without
+tags earns 3, a wrong one with all its tags 1.
 
-                  format                                                           right
-    countdown     0.5 complete answer tag + 0.5 an expression                      3
-    sudoku        0.5 complete answer tag + 0.25 sixteen digits 1-4
-                  + 0.25 the given digits kept                    3 x share of the empty cells
-    the others    0.5 complete think tag + 0.5 complete answer tag                 3
-
-So a right answer without tags earns 3, a wrong one with all its tags 1.
+                format                                                  right
+    countdown   0.5 complete answer tag + 0.5 an expression             1 or 0
+    sudoku      0.5 complete answer tag + 0.25 sixteen digits 1-4       share of the empty cells
+                + 0.25 the given digits kept                            that are right
+    gsm8k       0.5 complete think tag + 0.5 complete answer tag        1 or 0
 
 Left out on purpose: executing anything a model wrote (no eval, here or in a library), recursion on
 its text, credit for reasoning.
@@ -52,63 +51,59 @@ class TaskError(ValueError):
 
 @dataclass
 class Grade:
-    reward: float        # format + 3 x right, 0 to 4
-    correct: bool        # what evaluation counts
-    format: float        # the part that asks for no knowledge, 0 to 1
-    reason: str          # why, in a few words: "number 7 unused"
-    parsed: str          # what was understood of the text
-    metrics: dict        # means reported beside accuracy; "tagged" in every task
+    reward: float       # format + 3 x right, 0 to 4
+    correct: bool       # what evaluation counts
+    format: float       # the part that asks for no knowledge, 0 to 1
+    reason: str         # why, in a few words: "number 7 unused"
+    parsed: str         # what was understood of the text
+    metrics: dict       # means reported beside accuracy; "tagged" in every task
 
 
 @dataclass(frozen=True)
 class Task:
     """All that training and evaluation know of a task. Yours: TASKS["mine"] = Task("mine", ...)."""
     name: str
-    prompt: Callable                       # example -> chat messages
-    grade: Callable                        # text, example -> Grade
-    make: Optional[Callable] = None        # (seed, index, split, **options) -> example: generated
-    read: Optional[Callable] = None        # row of a file or the hub, split, options -> example, or
-    #                                        None, which leaves the row out
-    hub: dict = field(default_factory=dict)      # split -> (data set, configuration, its split)
-    options: dict = field(default_factory=dict)  # name -> default: a flag each
-    limits: dict = field(default_factory=dict)   # name -> (smallest, largest)
-    part: Optional[Callable] = None        # (example, split, options) -> is a hub row of this split?
-    key: Optional[Callable] = None         # example -> what train and test may not share; the prompt
-    grade_batch: Optional[Callable] = None       # texts, examples -> grades, where that is cheaper
+    prompt: Callable                   # example -> chat messages
+    grade: Callable                    # text, example -> Grade
+    make: Optional[Callable] = None    # (seed, index, split, **options) -> example, if generated
+    read: Optional[Callable] = None    # row, split, options -> example; None leaves the row out
+    hub: dict = field(default_factory=dict)        # split -> (data set, configuration, its split)
+    part: Optional[Callable] = None    # example, split, options -> does a hub row belong here?
+    options: dict = field(default_factory=dict)    # name -> default; each is a flag
+    limits: dict = field(default_factory=dict)     # name -> (smallest, largest)
+    key: Optional[Callable] = None     # example -> what train and test may not share
+    grade_batch: Optional[Callable] = None         # texts, examples -> grades, if that is cheaper
 
 
 class Found(NamedTuple):
     """The answer of a text."""
     content: Optional[str]    # None: there is none
-    where: str                # "tag" (complete), "open tag", "box" (content is the text around it)
+    where: str                # "tag", "open tag" (never closed), "thought", "box" (somewhere in it)
     thought: bool             # was a <think> opened and closed?
 
     @property
     def tagged(self):
+        """Did it stand in a complete tag, outside thoughts?"""
         return self.where == "tag"
 
 
 # Repeating the instructions is not answering: "<answer></answer>", "\boxed{...}".
-ECHO = re.compile(r"(?:\\?boxed|\\[()\[\]]|[\s.…,:={}$]|your|the|final|answer|here|expression|target"
-                  r"|digits|letter)*".replace(r"\\?boxed", r"\\boxed|boxed"))
-BRACE = re.compile(r"\\?boxed\s*\{|\\.|[{}]", re.DOTALL)    # \{ is an escape, not a brace
-EMPTY_BOX = re.compile(r"\\?boxed\s*\{\s*\}")
-LONGEST = 20_000    # characters at the end of a text in which boxes are looked for
+ECHO = re.compile(r"(?:\\boxed|boxed|\\[()\[\]]|[\s.…,:={}$]|your|the|final|answer|here|expression"
+                  r"|target)*")
+BRACE = re.compile(r"\\?boxed\s*\{|\\.|[{}]", re.DOTALL)    # \{ is no brace
+LONGEST = 20_000              # boxes are looked for in so many characters at the end of a text
 
 
 def last_answer(text, box=False):
-    """The last complete <answer>; else an unclosed one; else, if asked for, the last \\boxed{}.
+    """The last complete <answer>; else what follows an unclosed one; else, if box, the last box.
 
-    What a closed <think> holds counts only where there is no answer outside. A <think> that was
+    What a closed <think> holds counts only where nothing else is an answer; a <think> that was
     never closed hides nothing. Returns a Found; linear in the text.
     """
     head, closed, tail = text.rpartition("</think>")
     spoken, thoughts = re.subn("<think>.*?</think>", " ", head + closed, flags=re.DOTALL)
-    spoken += tail
-    places = [(spoken, "tag")]
-    if thoughts:
-        places.append((text, "thought"))
-    for part, name in places:
+    places = [(spoken + tail, "tag"), (text, "thought")]
+    for part, name in places[:1 + (thoughts > 0)]:
         opened = part.split("<answer>")[1:]
         complete = [x.partition("</answer>")[0] for x in opened if "</answer>" in x]
         unclosed = [re.split("</|<think>", x)[0] for x in opened if "</answer>" not in x]
@@ -118,63 +113,77 @@ def last_answer(text, box=False):
                 return Found(real[-1], where, thoughts > 0)
         if box and boxes(part):
             return Found(part, "box", thoughts > 0)
-    echoes = spoken.split("<answer>")[-1].partition("</answer>")
-    if "<answer>" in spoken and echoes[1]:
-        return Found(echoes[0], "tag", thoughts > 0)
+    if "</answer>" in (spoken + tail).partition("<answer>")[2]:
+        return Found("", "tag", thoughts > 0)                # a complete tag with nothing in it
     return Found(None, "nowhere", thoughts > 0)
 
 
 def boxes(text):
     """All \\boxed{..} that hold something, in the order they end: [(start, content, end)]."""
-    text, skipped = text[-LONGEST:], max(0, len(text) - LONGEST)
-    found, opened = [], []
-    for brace in BRACE.finditer(text):
-        if brace[0] == "}":
-            start, inside = opened.pop() if opened else (None, None)
-            if start is not None and not ECHO.fullmatch(text, inside, brace.start()):
-                content = text[inside:brace.start()].strip()
-                found.append((skipped + start, content, skipped + brace.end()))
-        elif brace[0] == "{":
-            opened.append((None, None))
-        elif brace[0].endswith("{") and "boxed" in brace[0]:
-            opened.append((brace.start(), brace.end()))
+    skipped, found, opened = max(0, len(text) - LONGEST), [], []
+    for brace in BRACE.finditer(text, skipped):
+        if brace[0].endswith("{") and brace[0] != r"\{":
+            opened.append(brace)
+        elif brace[0] == "}" and opened:
+            start = opened.pop()
+            content = text[start.end():brace.start()].strip()
+            if "boxed" in start[0] and not ECHO.fullmatch(content):
+                found.append((start.start(), content, brace.end()))
     return found
 
 
-# What a box may not touch, or it is a part of something else: -\boxed{18}, \boxed{9}^2, 9 + \boxed{9}
+# What a box may not touch, or it is part of something else: -\boxed{18}, \boxed{9}^2, 9 + \boxed{9}
 COMMAND = r"\\(?:times|cdot|div|frac|sqrt|pm)"
 BEFORE = re.compile(rf"(?:[-+−*/^×÷·0-9]|{COMMAND}\{{?)(?:\\?\$|\\[(\[]|[ \t])*$")
-AFTER = re.compile(r"(?:\\?\$|\\[)\]]|[ \t})\]])*(?:[-+−*/×÷·]\s*[\\({0-9]|[!^_0-9]|" + COMMAND + ")")
+AFTER = re.compile(rf"(?:\\?\$|\\[)\]]|[ \t}})\]])*"
+                   rf"(?:[-+−*/×÷·]\s*[\\({{0-9]|[!^_0-9]|{COMMAND})")
 
 
 def boxed_answer(found):
-    """The content of the last box of an answer, or all of it where it has none.
+    """The content of the last box of an answer, or all of the answer where it has none.
 
-    None: it has several boxes in one tag, or the box is only a part of a formula. Returns (content,
-    the words that follow the box).
+    None where a tag has two different boxes, or where the box is only a part of the answer.
     """
     text = found.content
     closed = boxes(text)
     if not closed:
-        # \boxed{18</answer>: the tag says where the box ends
-        opened = re.match(r"\s*(?:\\[(\[]|\$)*\s*\\?boxed\s*\{([^{}]*)$", text[:LONGEST])
-        return (opened[1] if opened and found.tagged else EMPTY_BOX.sub("", text)).strip(), ""
+        # \boxed{18</answer>: the tag says where the box ends. \boxed{}18: so it was meant.
+        opened = re.match(r"\s*(?:\\[(\[]|\$)*\s*\\?boxed\s*\{([^{}]*)$", text)
+        meant = opened[1] if opened and found.tagged else re.sub(r"\\?boxed\s*\{\s*\}", "", text)
+        return meant.strip()
     start, content, end = closed[-1]
-    several = len({content for _, content, _ in closed}) > 1 and found.where != "box"
-    before, after = text[max(0, start - 40):start], text[end:end + 40]
-    if several or BEFORE.search(before) or AFTER.match(after):
-        return None, ""
-    return content, after
+    if found.where != "box" and len({content for _, content, _ in closed}) > 1:
+        return None
+    after = text[end:end + 40]
+    word = re.match(r"[\s$)\\]*(?:text\{)?\s*([A-Za-z]*)", after)[1]
+    part = BEFORE.search(text[max(0, start - 40):start]) or AFTER.match(after)
+    return None if part or changes_value(word, joins=found.where != "box") else content
+
+
+# Words that change a number, plurals and short forms included; and words that join it to another.
+SCALES = set("""k thou thousand mil mln mn million bil bn billion tril tn trillion grand hundred
+    dozen score gross half halve third quarter fourth fifth sixth eighth tenth hundredth thousandth
+    millionth squared cubed factorial double twice triple negative""".split())
+JOINS = set("or and not to plus minus times over point".split())
+
+
+def changes_value(words, joins=True):
+    """Is one of these words more than a unit? A single letter is one if it is m, g, s, h or l."""
+    for word in re.findall("[A-Za-z]+", words):
+        if {word.lower(), word.lower().rstrip("s")} & SCALES or joins and word.lower() in JOINS:
+            return True
+        if len(word) == 1 and word not in "mgshlLa":
+            return True
+    return False
 
 
 def printable(text):
-    """With escape sequences, line breaks and the like written out: safe to print on a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-                   for c in text)
+    """With control characters written out, line breaks too: safe to print on a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def graded(format, right, reason, parsed, tagged=True, **metrics):
-    """The usual Grade: format + 3 x right; right is a share, 1 is correct."""
+    """The usual Grade. `right` is a share from 0 to 1, and 1 is correct."""
     metrics = {"tagged": float(tagged), **metrics}
     return Grade(format + 3.0 * right, right == 1, format, reason, printable(parsed[:200]), metrics)
 
@@ -185,30 +194,30 @@ def chat(rules, question):
 
 
 # ==============================================================================================
-# Countdown: reach the target with every number once
+# Countdown: reach the target, every number once
 # ==============================================================================================
 
 def in_test(nums, target):
-    """One problem in eight is a test problem whatever the seed, the order and the process."""
+    """One problem in eight is a test problem, whatever the seed, the order and the process."""
     digest = hashlib.blake2b(repr((sorted(nums), target)).encode(), digest_size=1).digest()
     return digest[0] < 32
 
 
 def make_countdown(seed, index, split, numbers, max_number, max_target, division):
-    """Numbers and a random expression over all of them, drawn until it hits a target of the split."""
-    rng = random.Random(f"{seed} {index} {split}")    # of its own: no global generator, no order
+    """Numbers and a random expression over all of them, drawn until it hits a target."""
+    rng = random.Random(f"{seed} {index} {split}")    # no global generator, no order of calls
     for _ in range(20_000):
         nums = [rng.randrange(max_number) + 1 for _ in range(numbers)]
-        items = [(n, 1) for n in nums]                # numerator, denominator: Fraction is slower
+        items = [(n, 1) for n in nums]                # numerator, denominator: fast
         while len(items) > 1:
             a, b = items.pop(int(rng.random() * len(items)))
             c, d = items.pop(int(rng.random() * len(items)))
             op = int(rng.random() * (4 if division else 3))
             if op == 3 and c == 0:
-                items = [(0, 1)]                      # a division by zero: 0 is no target
-                continue
-            results = ((a * d + c * b, b * d), (a * d - c * b, b * d), (a * c, b * d), (a * d, b * c))
-            items.append(results[op])
+                items = [(0, 1)]                      # division by zero: 0 is no target
+            else:
+                top = (a * d + c * b, a * d - c * b, a * c, a * d)[op]
+                items.append((top, b * c if op == 3 else b * d))
         target, rest = divmod(*items[0])
         wanted = rest == 0 and 1 <= target <= max_target
         if wanted and in_test(nums, target) == (split == "test"):
@@ -229,18 +238,16 @@ def read_countdown(row, split, options):
     nums, target = row.get("nums"), row.get("target")
     if row.get("input") is not None:
         nums, target = row["input"], row["output"]
-    if isinstance(nums, str):
-        nums = nums.strip("[] ").split(",")
-    nums = [whole(n) for n in nums]
+    nums = [whole(n) for n in (nums.strip("[] ").split(",") if isinstance(nums, str) else nums)]
     if not nums or min(nums) < 0:
         raise ValueError("the numbers must be one or more integers from 0")
     return {"nums": nums, "target": whole(target)}
 
 
-def of_split(example, split, options):
+def part_of_3to4(example, split, options):
     """The hub has one split of 3 and 4 numbers: choose the count, part it as what is generated."""
-    count = len(example["nums"]) == options["numbers"]
-    return count and in_test(**example) == (split == "test")
+    same_count = len(example["nums"]) == options["numbers"]
+    return same_count and in_test(**example) == (split == "test")
 
 
 def countdown_prompt(example):
@@ -248,7 +255,7 @@ def countdown_prompt(example):
     return chat("Reach the target from the numbers with + - * / and parentheses, using every number "
                 "exactly once. Think inside <think></think>, then write only the equation, "
                 "expression = target, inside <answer></answer>.\n"
-                "For example, for Numbers: 8 3 6 and Target: 30 a right answer is "
+                "Example: for Numbers: 8 3 6 and Target: 30, write "
                 "<answer>(8 - 3) * 6 = 30</answer>.",
                 f"Numbers: {numbers}\nTarget: {target}")
 
@@ -260,23 +267,23 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
 
 
 def expression(text):
-    """The syntax tree of integers, + - * / and parentheses, or None. Python parses, no more."""
+    """The syntax tree of integers, + - * / and parentheses, or None. Python parses, and no more."""
     for spelling, symbol in SPELLINGS.items():
         text = text.replace(spelling, symbol)
-    text = re.sub(r"(?<=[0-9)])\s*\(", "*(", text)            # 7(9 - 4) is 7 * (9 - 4)
-    text = re.sub(r"(?<![0-9])0+(?=[0-9])", "", text)         # Python refuses 017
+    text = re.sub(r"(?<=[0-9)])\s*\(", "*(", text)       # 7(9 - 4) is 7 * (9 - 4)
+    text = re.sub(r"(?<![0-9])0+(?=[0-9])", "", text)    # Python refuses 017
     if not re.fullmatch(r"[-+*/() 0-9]+", text):
         return None
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return None
-    allowed = (ast.BinOp, ast.Constant, *OPERATORS)           # no sign, no **, no //, no empty ()
+    allowed = (ast.BinOp, ast.Constant, *OPERATORS)      # no signs, no **, no //, no ()
     return tree if all(isinstance(node, allowed) for node in ast.walk(tree)) else None
 
 
 def value_of(tree):
-    """Its exact value, or None for a division by zero. As deep as the problem has numbers."""
+    """Its exact value; None: a division by zero. As deep as the problem has numbers."""
     if isinstance(tree, ast.Constant):
         return Fraction(tree.value)
     a, b = value_of(tree.left), value_of(tree.right)
@@ -298,28 +305,28 @@ def unwrap(text):
 def grade_countdown(text, example):
     """`expression = target`, or the expression alone."""
     found = last_answer(text)
-    answer = unwrap(" ".join((found.content or "").split()))  # a line break is white space
+    answer = unwrap(" ".join((found.content or "").split()))    # a line break is white space
     left, *right = (side.strip() for side in answer.split("="))
-    format, tree = 0.5 * found.tagged, None
-    if len(answer) <= 500 and len(right) <= 1 and all(re.fullmatch("-?[0-9]+", r) for r in right):
+    tree, format = None, 0.5 * found.tagged
+    if len(answer) <= 500 and (not right or re.fullmatch("-?[0-9]+", "=".join(right))):
         tree = expression(left)
     if tree is None:
-        reason = "no <answer>" if found.content is None else "not expression = number in + - * / ( )"
-        return graded(format, 0, reason, answer, found.tagged)
-    format += 0.5
+        return graded(format, 0, "not an expression of integers, + - * / ( )", answer, found.tagged)
 
-    # After this test the tree has only the problem's numbers, so that evaluating it is quick.
+    # After this comparison the tree has the problem's numbers only: evaluating it is quick.
     used = Counter(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    given = Counter(example["nums"])
-    if used != given:
-        unused, extra = list((given - used).elements()), list((used - given).elements())
-        reason = f"number {unused[0]} unused" if unused else f"number {extra[0]} used too often"
-        return graded(format, 0, reason, answer, found.tagged)
-    value, target = value_of(tree), example["target"]
-    if right and int(right[0]) != target:
-        return graded(format, 0, f"right side {right[0][:20]} is not the target", answer, found.tagged)
-    reason = "division by zero" if value is None else f"value {value}"
-    return graded(format, value == target, reason, answer, found.tagged)
+    unused, extra = Counter(example["nums"]) - used, used - Counter(example["nums"])
+    right_side = int(right[0]) if right else example["target"]
+    value = None if unused or extra else value_of(tree)
+    if unused:
+        reason = f"number {min(unused)} unused"
+    elif extra:
+        reason = f"number {str(min(extra))[:20]} not given, or used too often"
+    elif right_side != example["target"]:
+        reason, value = f"right side {right[0][:20]} is not the target", None
+    else:
+        reason = "division by zero" if value is None else f"value {value}"
+    return graded(format + 0.5, value == example["target"], reason, answer, found.tagged)
 
 
 # ==============================================================================================
@@ -328,12 +335,11 @@ def grade_countdown(text, example):
 
 @lru_cache
 def grids():
-    """All 288 full grids: rows, columns and boxes are right if and only if a grid is among these."""
+    """All 288 full grids: a grid is right if and only if it is one of them."""
     rows = ["".join(row) for row in itertools.permutations("1234")]
-    halves = [a + b for a in rows for b in rows
-              if len({*a[:2], *b[:2]}) == 4]                   # two rows, their two boxes full
+    halves = [a + b for a in rows for b in rows if len({*a[:2], *b[:2]}) == 4]    # boxes are full
     return [top + bottom for top in halves for bottom in halves
-            if all(len({*top[i::4], *bottom[i::4]}) == 4 for i in range(4))]
+            if all(len({*top[i::4], *bottom[i::4]}) == 4 for i in range(4))]      # columns are
 
 
 @lru_cache
@@ -344,12 +350,12 @@ def split_grids(split):
 
 
 def solutions(puzzle):
-    """All of them: a puzzle with dots for its empty cells is their regular expression."""
+    """With dots for its empty cells, a puzzle is the regular expression of its solutions."""
     return re.findall(puzzle.replace("0", "."), "\n".join(grids()))
 
 
 def make_sudoku(seed, index, split, empties):
-    """Empty the cells of a grid in random order, but for those that keep the solution the only one.
+    """Empty the cells of a grid in random order, but for those that keep its solution the only one.
 
     Drawn again where that ends too early. 4 givens can suffice, 3 never do: at most 12 empty cells.
     """
@@ -365,6 +371,11 @@ def make_sudoku(seed, index, split, empties):
             return {"puzzle": puzzle, "solution": solution}
 
 
+def kept(puzzle, grid):
+    """Does the grid keep the given digits?"""
+    return all(given in ("0", digit) for given, digit in zip(puzzle, grid))
+
+
 def read_sudoku(row, split, options):
     """{"Puzzle": "0302...", "Solution": "1342..."}; an int gets its leading zeros back."""
     row = {name.lower(): str(value).strip().zfill(16) for name, value in row.items()}
@@ -376,27 +387,24 @@ def read_sudoku(row, split, options):
     return {"puzzle": puzzle, "solution": solution}
 
 
-def kept(puzzle, grid):
-    return all(given in ("0", digit) for given, digit in zip(puzzle, grid))
-
-
-# From the training grids: without examples, LLaDA copies the zeros in most of its grids.
+# Of the training grids. Without examples, LLaDA copies the zeros in most of its grids, and almost
+# no rollout earns anything for cells: nothing to learn from.
 SUDOKU_EXAMPLES = (("0400000212344020", "2413314212344321"),
                    ("3042400010200403", "3142423113242413"),
                    ("2001013032100003", "2341413232141423"))
 
 
-def rows_of(puzzle):
-    return "\n".join(" ".join(puzzle[i:i + 4]) for i in range(0, 16, 4))
+def sudoku_question(puzzle):
+    return "\n".join(["Sudoku:", *(" ".join(puzzle[i:i + 4]) for i in range(0, 16, 4))])
 
 
 def sudoku_prompt(example):
-    worked = [f"Sudoku:\n{rows_of(puzzle)}\n<answer>{solution}</answer>"
-              for puzzle, solution in SUDOKU_EXAMPLES]
+    worked = "\n\n".join(f"{sudoku_question(puzzle)}\n<answer>{solution}</answer>"
+                         for puzzle, solution in SUDOKU_EXAMPLES)
     return chat("Complete the 4x4 Sudoku: every row, column and 2x2 box holds 1, 2, 3 and 4; 0 marks "
                 "an empty cell. Think inside <think></think>, then write only the 16 digits of the "
-                "full grid, row by row, inside <answer></answer>. Three examples:\n\n"
-                + "\n\n".join(worked), f"Sudoku:\n{rows_of(example['puzzle'])}")
+                f"full grid, row by row, inside <answer></answer>. Three examples:\n\n{worked}",
+                sudoku_question(example["puzzle"]))
 
 
 def grade_sudoku(text, example):
@@ -405,16 +413,16 @@ def grade_sudoku(text, example):
     found = last_answer(text)
     grid, format = "".join((found.content or "").split()), 0.5 * found.tagged
     if not re.fullmatch("[1-4]{16}", grid):
-        reason = "no <answer>" if found.content is None else "not sixteen digits 1-4"
-        return graded(format, 0, reason, grid, found.tagged, cell_accuracy=0.0)
+        return graded(format, 0, "not sixteen digits 1-4", grid, found.tagged, cell_accuracy=0.0)
     format += 0.25 + 0.25 * kept(puzzle, grid)
-    if kept(puzzle, grid) and grid in grids():    # any, should a puzzle from a file have several
-        return graded(format, 1, "a valid grid", grid, found.tagged, cell_accuracy=1.0)
+    correct = kept(puzzle, grid) and grid in grids()    # any, should a puzzle of a file have several
     empty = [cell for cell in range(16) if puzzle[cell] == "0"]
     share = sum(grid[cell] == solution[cell] for cell in empty) / max(1, len(empty))
-    reason = "a row, column or box repeats" if kept(puzzle, grid) else "a given digit was changed"
-    result = graded(format, share, reason, grid, found.tagged, cell_accuracy=share)
-    return replace(result, correct=False)
+    share = 1.0 if correct else share
+    reason = ("a valid grid" if correct else "a row, column or box repeats a digit"
+              if kept(puzzle, grid) else "a given digit was changed")
+    grade = graded(format, share, reason, grid, found.tagged, cell_accuracy=share)
+    return replace(grade, correct=correct)
 
 
 # ==============================================================================================
@@ -422,7 +430,7 @@ def grade_sudoku(text, example):
 # ==============================================================================================
 
 def gsm8k_gold(answer):
-    """ "... #### 18" -> "18"; 18 and 27.0 are fine too."""
+    """"... #### 18" -> "18". A number, 18 or 27.0, is fine too."""
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     return str(answer).rsplit("####", 1)[-1].strip()
@@ -443,42 +451,27 @@ def question_prompt(example):
 
 
 INTEGER = r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
+PER = r"(?:(?:\s*/\s*|\sper\s)[A-Za-z]+)?"
 NUMBER = re.compile(rf"""([+-]?) \s* (?:
-    \\[dt]?frac \s* \{{ \s*{INTEGER}\s* \}} \s* \{{ \s*{INTEGER}\s* \}}      # \frac{{36}}{{2}}
-    | {INTEGER} \s* / \s* {INTEGER}                                          # 36/2
-    | {INTEGER}? (\.[0-9]+)? )                                               # 18, 1,000.5, .5
-    \s* (.*)                                                                 # a unit""", re.VERBOSE)
-UNIT = re.compile(r"""\\(?:text|mathrm|textbf) \s* \{ ([A-Za-z\s/.]*) \}     # \text{ hours}
-    | ((?:(?:square|cubic)\s)? [A-Za-z]+ (?:(?:\s*/\s*|\sper\s)[A-Za-z]+)?)  # km, kg/week
+    \\[dt]?frac \s* \{{ \s*{INTEGER}\s* \}} \s* \{{ \s*{INTEGER}\s* \}}       # \frac{{36}}{{2}}
+    | {INTEGER} \s*/\s* {INTEGER}                                             # 36/2
+    | {INTEGER}? (\.[0-9]+)? )                                                # 18, 1,000.5, .5
+    (?: \s* \\(?:text|mathrm)\s*\{{ ([A-Za-z\s/]*) \}}                        # \text{{ hours}}
+    | \s+ ((?:(?:square|cubic)\s)? [A-Za-z]+ {PER}) | ([A-Za-z]{{2,}} {PER}) )?  # kg/week, km
     """, re.VERBOSE)
-# Words that change the value. Plurals too.
-NOT_UNITS = set("""k thou thousand mil mln mn million bil bn billion tril tn trillion grand hundred
-    dozen score gross half halve third quarter fourth fifth sixth eighth tenth hundredth thousandth
-    millionth squared cubed factorial double twice triple and or not to plus minus times over point
-    negative""".split())
-
-
-def changes_value(words):
-    words = re.findall("[A-Za-z]+", words)
-    return any(word.lower() in NOT_UNITS or word.lower().rstrip("s") in NOT_UNITS
-               or len(word) == 1 and word not in "mgsLlh" for word in words)
 
 
 def to_number(text):
-    """The one number that a text is, as a Fraction, or None: no second one, no work left to do."""
+    """The one number that a text is, as a Fraction. None: a second one, or work not done."""
     if len(text) > 200:
         return None
     text = text.replace("{,}", ",").replace("−", "-")
     text = re.sub(r"\\[,;:! ]|\\?[$%]|\\[()\[\]]|\^\{?\\circ\}?", " ", text).strip()
     match = NUMBER.fullmatch(text.removesuffix(".").strip())
-    if match is None:
+    if match is None or changes_value(" ".join(filter(None, match.groups()[-3:]))):
         return None
-    *parts, unit = match.groups()
-    named = UNIT.fullmatch(unit)
-    attached = unit[:1].isalpha() and not text[match.start(8) - 1].isspace()
-    if unit and (named is None or changes_value(unit.replace(r"\text", "")) or attached and len(unit) == 1):
-        return None
-    sign, top, bottom, top2, bottom2, integer, decimals = ((x or "").replace(",", "") for x in parts)
+    sign, *parts = ((part or "").replace(",", "") for part in match.groups()[:7])
+    top, bottom, top2, bottom2, integer, decimals = parts
     top, bottom = top or top2 or integer + decimals, bottom or bottom2 or "1"
     return Fraction(sign + top) / int(bottom) if top and int(bottom) else None
 
@@ -488,11 +481,11 @@ def grade_gsm8k(text, example):
     format = 0.5 * found.thought + 0.5 * found.tagged
     if found.content is None:
         return graded(format, 0, "no answer", "", found.tagged)
-    content, after = boxed_answer(found)
+    content = boxed_answer(found)
     value = None if content is None else to_number(content)
-    word = re.match(r"(?:\\text\{)?[\s$)\\]*([A-Za-z]*)", after)[1]
-    if value is None or changes_value(word):
-        return graded(format, 0, "not one number", content or found.content[-200:], found.tagged)
+    if value is None:
+        shown = found.content[-200:] if content is None else content
+        return graded(format, 0, "not one number", shown, found.tagged)
     right = value == to_number(gsm8k_gold(example["answer"]))
     return graded(format, right, f"number {value}", content, found.tagged)
 
@@ -509,15 +502,15 @@ TASKS = {task.name: task for task in (
     Task("sudoku", sudoku_prompt, grade_sudoku, make_sudoku, read_sudoku,
          options={"empties": 8}, limits={"empties": (0, 12)},
          key=lambda example: example["solution"]),
-    Task("gsm8k", question_prompt, grade_gsm8k, read=read_gsm8k,
-         hub={"train": ("openai/gsm8k", "main", "train"), "test": ("openai/gsm8k", "main", "test")}),
+    Task("gsm8k", question_prompt, grade_gsm8k, read=read_gsm8k, hub={
+        "train": ("openai/gsm8k", "main", "train"), "test": ("openai/gsm8k", "main", "test")}),
 )}
 TASKS["countdown-3to4"] = replace(
-    TASKS["countdown"], name="countdown-3to4", make=None, part=of_split, options={"numbers": 3},
+    TASKS["countdown"], name="countdown-3to4", make=None, part=part_of_3to4,
     hub=dict.fromkeys(("train", "test"), ("Jiayi-Pan/Countdown-Tasks-3to4", None, "train")),
-    limits={"numbers": (3, 4)})
+    options={"numbers": 3}, limits={"numbers": (3, 4)})
 TASKS["gsm8k-platinum"] = replace(TASKS["gsm8k"], name="gsm8k-platinum", hub={
-    "train": ("openai/gsm8k", "main", "train"), "test": ("madrylab/gsm8k-platinum", "main", "test")})
+    **TASKS["gsm8k"].hub, "test": ("madrylab/gsm8k-platinum", "main", "test")})
 
 
 def find_task(name):
@@ -535,7 +528,7 @@ def grade_batch(name, texts, examples):
     """A Grade for every text, the same as one by one."""
     task = find_task(name)
     if task.grade_batch is None:
-        return [task.grade(text, example) for text, example in zip(texts, examples, strict=True)]
+        return [task.grade(text, example) for text, example in zip(texts, examples)]
     grades = list(task.grade_batch(texts, examples))
     if len(grades) != len(texts):
         raise TaskError(f"grade_batch of task {name} returned {len(grades)} grades for {len(texts)} "
@@ -570,78 +563,77 @@ class Examples(Sequence):
 
 def key(task, example):
     """What a training problem may not share with a test problem."""
-    if task.key:
+    if task.key is not None:
         return repr(task.key(example))
     return "".join(task.prompt(example)[-1]["content"].split()).casefold()
 
 
 def load(name, split, seed=0, file=None, size=None, held_out=(), **options):
-    """The examples of split "train" or "test", as a sequence with a `source`.
+    """The examples of split "train" or "test": a sequence of dicts with a `source`.
 
     Example i of a generated task is a function of (seed, i, options); a file or the hub keeps its
-    order. Training examples that share a problem with `held_out` (the test examples) are left out,
-    or drawn again. Raises TaskError.
+    order. held_out: the test examples; training examples that share a problem with them are left
+    out, or drawn again. Raises TaskError.
     """
-    task = find_task(name)
+    task, known = find_task(name), set()
     options = checked_options(task, options)
     if split not in SIZES:
         raise TaskError(f"split {split} is unknown: choose train or test")
-    if file is None and task.make:
-        return generated(task, split, seed, size or SIZES[split], held_out, options)
-    if file is None and split not in task.hub:
+    if file is None and task.make is None and split not in task.hub:
         raise TaskError(f"task {name} has no {split} data of its own: give --{split}_file")
-    if file is None and split == "train" and not held_out and "test" in task.hub:
-        held_out = load(name, "test", **options)
-    rows, source = read_file(split, file) if file else read_hub(split, *task.hub[split])
+    if split == "train":
+        if not held_out and file is None and "test" in task.hub:
+            held_out = load(name, "test", **options)
+        known = {key(task, example) for example in held_out}
+    if file is None and task.make is not None:
+        return generated(task, split, seed, size or SIZES[split], known, options)
 
-    known = {key(task, example) for example in held_out}
-    examples, seen_in_test, unwanted = [], 0, 0
+    rows, source = read_file(split, file) if file else read_hub(split, *task.hub[split])
+    examples, unwanted, shared = [], 0, 0
     for number, row in enumerate(rows, 1):
         try:
             example = task.read(row, split, options)
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            why = str(error) if isinstance(error, ValueError) else f"missing or of a wrong kind: {error}"
-            raise TaskError(f"{source}, row {number} is not a row of task {name}: {why}") from error
-        if example is None or task.part and file is None and not task.part(example, split, options):
+            why = str(error) if isinstance(error, ValueError) else f"wrong or missing field, {error}"
+            raise TaskError(f"{source}, row {number} is no row of task {name}: {why}") from error
+        if example is None or not file and task.part and not task.part(example, split, options):
             unwanted += 1
         elif known and key(task, example) in known:
-            seen_in_test += 1
+            shared += 1
         else:
             examples.append(example)
     if not examples:
-        raise TaskError(f"{source} has no rows for the {split} split of task {name}: {unwanted} left "
-                        f"out by its options, {seen_in_test} because they are test problems")
+        raise TaskError(f"{source} has no {split} rows for task {name}: {unwanted} left out by its "
+                        f"options, {shared} because they are test problems")
     source += f", {unwanted} rows left out by the task's options" if unwanted else ""
     if split == "train":
-        source += (f", {seen_in_test} rows left out because they are test problems" if known
+        source += (f", {shared} rows left out because they are test problems" if known
                    else ", test problems not looked for")
     return Examples(examples.__getitem__, min(size or len(examples), len(examples)), source)
 
 
-def generated(task, split, seed, size, held_out, options):
-    known = {key(task, example) for example in held_out}
-
+def generated(task, split, seed, size, known, options):
     def make(i):
         for again in range(1000):
             other = f" again {again}" if again else ""
             example = task.make(f"{seed}{other}", i, split, **options)
             if not known or key(task, example) not in known:
                 return example
-        raise TaskError(f"the test problems leave no training problem of {task.name}: give "
-                        "--train_file, or fewer test problems")
+        raise TaskError(f"the test problems leave no training problem of {task.name}: give fewer "
+                        "test problems, or --train_file")
 
-    make(0)    # options without problems are refused here, not in the first step
+    make(0)    # options that leave no problem are refused here, not in the first step
     if split == "train":
         return Examples(make, size, f"generated, seed {seed}, no test problem among them")
+
     # A test problem twice would make its accuracy look surer than it is.
-    make, found = lru_cache(maxsize=None)(make), {}
+    make, first = lru_cache(maxsize=None)(make), {}
     for i in range(5 * size):
         example = make(i)
-        same = key(task, example) if "nums" in example else repr(example)
-        found.setdefault(same, i)
-        if len(found) == size:
+        first.setdefault(key(task, example) if "nums" in example else repr(example), i)
+        if len(first) == size:
             break
-    once = list(found.values())
+    once = list(first.values())
     return Examples(lambda i: make(once[i]), len(once),
                     f"generated, seed {seed}, {len(once)} different problems")
 
@@ -660,43 +652,43 @@ def checked_options(task, options):
 
 
 def first_line(error):
-    return " ".join(str(error or type(error).__name__).split())[:200]
+    return printable(" ".join((str(error) or type(error).__name__).split())[:200])
 
 
 def read_file(split, file):
-    """Rows of a JSONL, CSV or parquet file, read by `datasets` without its cache; and a source."""
+    """The rows of a JSONL, CSV or parquet file, read by `datasets` without its cache."""
     import datasets
     path, source = Path(file), f"--{split}_file {file}"
     kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
-    if not path.is_file() or kind is None:
-        raise TaskError(f"{source} is no file of a known kind: give a .jsonl, .csv or .parquet file")
+    if kind is None or not path.is_file():
+        raise TaskError(f"{source} is no such file: give a .jsonl, .csv or .parquet file")
     # All columns of a CSV stay text, or 0302 would become 302.
-    extra = {"keep_default_na": False, "converters": dict.fromkeys(range(100), str)}
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)    # its errors come back as ours
+    text = {"keep_default_na": False, "converters": dict.fromkeys(range(100), str)}
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)    # what it logs is in our sentence
     try:
-        if kind == "json" and path.read_bytes()[:1000].lstrip()[:1] == b"[":
-            raise ValueError("line 1 is an array, give one object a line")
+        if kind == "json" and path.open("rb").read(100).lstrip()[:1] == b"[":
+            raise ValueError("line 1 is an array, write one object a line")
         rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True,
-                                     **(extra if kind == "csv" else {}))
+                                     **(text if kind == "csv" else {}))
         return list(rows), source
     except Exception as error:    # datasets raises what a dozen readers raise
         raise TaskError(f"{source} cannot be read: {first_line(error)}") from error
 
 
 def read_hub(split, name, configuration, hub_split):
-    """Rows of a data set of the hub, or of its copy in the cache; and a source."""
+    """The rows of a data set of the hub, or of its copy in the cache."""
     import datasets
     import huggingface_hub
     switches = (datasets.config, huggingface_hub.constants)
     before = [module.HF_HUB_OFFLINE for module in switches]
     try:
         if not hub_answers(huggingface_hub):
-            for module in switches:    # what is cached still loads; the rest fails without retries
+            for module in switches:    # what is cached still loads; the rest fails, without retries
                 module.HF_HUB_OFFLINE = True
         data = datasets.load_dataset(name, configuration, split=hub_split)
     except Exception as error:    # no network, no such id, a full disk: the same way out
-        raise TaskError(f"{name} ({hub_split} split) did not load from the hub ({first_line(error)}): "
-                        f"give --{split}_file, a .jsonl, .csv or .parquet file") from error
+        raise TaskError(f"{name} ({hub_split} split) did not load from the hub, "
+                        f"{first_line(error)}: give --{split}_file") from error
     finally:
         for module, value in zip(switches, before):
             module.HF_HUB_OFFLINE = value

@@ -1,19 +1,19 @@
 """Does it work as claimed? One command per question, on the tiny model; each prints its table.
 
-    bash run.sh lab NAME [flags]     every flag of agrpo.py passes through: --task sudoku --m 6 ...
+    bash run.sh lab NAME [flags]     every flag of agrpo.py passes through, as --m 6
     --quick     a minute or less, to see that it works
     --seeds N   how many, counted from --seed [3]        --jobs N   processes of one thread each
     --show      print what is finished so far, compute nothing new
     --figures   put picture and printout into lab/figures too
 
-An experiment is cut into pieces. Each finished piece is a line of runs/lab/NAME.jsonl, so that the
-same command goes on where it was stopped; delete the file to start again. runs/lab/NAME.txt is the
-printout with command, machine and versions, NAME.png the picture.
+An experiment is cut into pieces. Each finished piece is a line of runs/lab/NAME.jsonl, so the
+same command goes on where it was stopped; delete the file to start again. runs/lab/NAME.txt is
+the printout with command, machine and versions, NAME.png the picture.
 
-Every training here is agrpo.train itself, with the estimator of lab/estimators.py as its gradient;
-what only measures gradients is a "gradient" that adds none, so that nothing moves. Compute is
-counted in forward passes of one row: a denoising step of a rollout is 1, a state of the loss 3,
-because a backward pass costs about two forwards.
+Every training here is agrpo.train itself, with one of lab/estimators.py as its gradient; what
+only measures gradients is a "gradient" that adds none, so that nothing moves. Compute counts in
+forward passes of one row: a denoising step of a rollout is 1, a state of the loss 3, because a
+backward pass costs about two forwards.
 """
 import contextlib
 import io
@@ -38,9 +38,10 @@ import agrpo
 import estimators
 import figures
 import tasks
+from estimators import ESTIMATORS, SAMPLERS
 
 NOTHING = agrpo.Seen(torch.zeros(0), torch.zeros(0), torch.zeros(0), 0)
-EXPERIMENTS = {}                       # name -> (function, time, default flags, those of --quick)
+EXPERIMENTS = {}                     # name -> (function, time, default flags, those of --quick)
 
 
 def experiment(time, flags="", quick=""):
@@ -59,24 +60,25 @@ class Lab:
     def __init__(self, name, argv):
         self.name, self.argv, self.began, self.lines = name, argv, time.time(), []
         function, minutes, flags, quick = EXPERIMENTS[name]
-        parser = agrpo.Parser(prog=f"bash run.sh lab {name}", allow_abbrev=False,
-                              usage="%(prog)s [--flag value ...]", description=function.__doc__,
-                              epilog=f"On 2 idle CPU cores: {minutes}. Further flags are agrpo.py's; "
-                                     f"defaults here: {' '.join(flags)}")
+        parser = agrpo.Parser(
+            prog=f"bash run.sh lab {name}", allow_abbrev=False, description=function.__doc__,
+            usage="%(prog)s [--flag value ...]",
+            epilog=f"On 2 idle CPU cores: {minutes}. Further flags are agrpo.py's; here "
+                   + " ".join(flags))
         parser.add_argument("--quick", action="store_true", help="a minute or less")
         parser.add_argument("--show", action="store_true", help="what is finished so far")
         parser.add_argument("--figures", action="store_true", help="keep it in lab/figures too")
         parser.add_argument("--seeds", type=int, help="how many, counted from --seed [3]")
-        parser.add_argument("--jobs", type=int, help="processes of one thread each [one per core]")
+        parser.add_argument("--jobs", type=int, help="processes of one thread each [cores]")
         mine, rest = parser.parse_known_args(argv)
         self.quick, self.show, self.keep = mine.quick, mine.show, mine.figures
         # The tiny model on the CPU whatever the machine, so that numbers can be compared.
         self.flags = ["--out", "runs/lab", "--device", "cpu", "--model", "lab/tiny", *flags]
         self.flags += (quick if mine.quick else []) + rest
         cfg = self.config()
-        self.out, self.jobs = Path(cfg.out), mine.jobs or (1 if mine.quick else os.cpu_count())
-        seeds = mine.seeds or (2 if mine.quick else 3)
-        self.seeds = [cfg.seed + i for i in range(seeds)]
+        self.out = Path(cfg.out)
+        self.jobs = mine.jobs or (1 if mine.quick else os.cpu_count())
+        self.seeds = [cfg.seed + i for i in range(mine.seeds or (2 if mine.quick else 3))]
 
     def config(self, **swept):
         """agrpo's Config from the flags and from what this experiment varies."""
@@ -91,30 +93,40 @@ class Lab:
         """[function(*call) for call in calls], from NAME.jsonl where that has them; with --show
         None where it has not."""
         path = self.out / f"{self.name}.jsonl"
-        done, keys = finished(path), [key_of(function, call) for call in calls]
+        keys = [key_of(function, call) for call in calls]
+        done = {line["key"]: line["result"] for line in read_lines(path)}
         missing = [i for i, key in enumerate(keys) if key not in done]
         if missing and not self.show:
             path.parent.mkdir(parents=True, exist_ok=True)
             for n, (i, seconds, result) in enumerate(self.compute(function, calls, missing), 1):
+                line = dict(key=keys[i], what=label(function, calls[i]), seconds=seconds,
+                            result=result)
                 # Through JSON, so that a result just found is what a later run will read.
-                line = json.loads(agrpo.to_json(dict(key=keys[i], what=label(function, calls[i]),
-                                                     seconds=seconds, result=result)))
+                text = agrpo.to_json(line).decode()
                 with open(path, "a") as f:
-                    f.write(json.dumps(line) + "\n")
-                done[keys[i]] = line["result"]
+                    f.write(text)
+                done[keys[i]] = json.loads(text)["result"]
                 print(f"    piece {n} of {len(missing)}: {line['what']}, {seconds:.0f} s",
                       file=sys.stderr, flush=True)
         return [done.get(key) for key in keys]
 
     def compute(self, function, calls, missing):
-        """Yields (index, seconds, result) as they are finished. One thread each: for a model this
+        """Yields (index, seconds, result) as they are finished. One thread each: for a model so
         small, processes are quicker than threads."""
         todo = [(function, calls[i], i) for i in missing]
         if self.jobs == 1:
             yield from map(timed, todo)
             return
-        with multiprocessing.get_context("spawn").Pool(min(self.jobs, len(todo)), one_thread) as pool:
+        spawn = multiprocessing.get_context("spawn")
+        with spawn.Pool(min(self.jobs, len(todo)), torch.set_num_threads, (1,)) as pool:
             yield from pool.imap_unordered(timed, todo)
+
+    def over_seeds(self, function, variants):
+        """{name: (flags, *more)} -> {name: [function(config of flags and seed, *more)]}"""
+        calls = [(self.config(seed=seed, **flags), *more)
+                 for flags, *more in variants.values() for seed in self.seeds]
+        found = iter(self.pieces(function, calls))
+        return {name: [next(found) for _ in self.seeds] for name in variants}
 
     def say(self, *lines):
         print(*lines, sep="\n", flush=True)
@@ -133,23 +145,21 @@ class Lab:
 
     def finish(self, **pictures):
         """Write the printout and the pictures: suffix = (draw, height in inches)."""
-        command = " ".join(["bash run.sh lab", self.name, *self.argv])
         folders = [self.out] + [ROOT / "lab" / "figures"] * self.keep
-        seconds = sum(line["seconds"] for line in read_lines(self.out / f"{self.name}.jsonl"))
-        head = [f"$ {command}", f"{max(seconds, time.time() - self.began):.0f} s of computing; "
-                f"{cpu_name()}, {os.cpu_count()} cores; seeds {self.seeds}",
+        pieces = sum(line["seconds"] for line in read_lines(self.out / f"{self.name}.jsonl"))
+        seconds = max(pieces, time.time() - self.began)
+        head = [" ".join(["$ bash run.sh lab", self.name, *self.argv]),
+                f"{seconds:.0f} s of computing; {cpu_name()}, {os.cpu_count()} cores; "
+                f"seeds {self.seeds}",
                 ", ".join(f"{name} {version}" for name, version in agrpo.versions().items())]
         for folder in folders:
             folder.mkdir(parents=True, exist_ok=True)
-            agrpo.write(folder / f"{self.name}.txt", "\n".join([*head, *self.lines, ""]).encode())
+            text = "\n".join([*head, *self.lines, ""])
+            agrpo.write(folder / f"{self.name}.txt", text.encode())
             for suffix, (draw, height) in pictures.items():
-                name = f"{self.name}_{suffix}" if suffix != "plain" else self.name
+                name = self.name if suffix == "plain" else f"{self.name}_{suffix}"
                 figures.save(folder / f"{name}.png", draw, height)
-        print(f"\nwritten to {' and '.join(map(str, folders))}: {self.name}.txt", *pictures)
-
-
-def one_thread():
-    torch.set_num_threads(1)
+        print(f"\nwritten to {' and '.join(map(str, folders))}: {self.name}.txt and pictures")
 
 
 def timed(call):
@@ -163,7 +173,8 @@ def timed(call):
 def key_of(function, call):
     """Names a piece: what is computed, with which flags other than the default. Not where it is
     written, and nothing of when it is saved."""
-    plain, beside = asdict(agrpo.Config()), {"out", "steps", "preset", "eval_every", "save_every"}
+    plain = asdict(agrpo.Config())
+    beside = {"out", "steps", "preset", "eval_every", "save_every"}
     told = [{name: value for name, value in asdict(x).items() if value != plain[name]
              and name not in beside} if isinstance(x, agrpo.Config) else x for x in call]
     return blake2b(repr([function.__name__, *told]).encode(), digest_size=8).hexdigest()
@@ -171,19 +182,16 @@ def key_of(function, call):
 
 def label(function, call):
     cfg, *more = call
-    more = [str(x) for x in more if isinstance(x, (str, int))]
-    return " ".join([function.__name__, cfg.task, f"m={cfg.m} k={cfg.k} lr={cfg.lr} seed={cfg.seed}", *more])
+    flags = f"m={cfg.m} k={cfg.k} lr={cfg.lr} seed={cfg.seed}"
+    return " ".join([function.__name__, cfg.task, flags, *(str(x) for x in more
+                                                           if isinstance(x, (str, int)))])
 
 
 def read_lines(path):
-    """The JSON lines of a file; the last may be cut, by a kill."""
+    """The JSON lines of a file; one may be cut, by a kill."""
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             yield json.loads(line)
-
-
-def finished(path):
-    return {line["key"]: line["result"] for line in read_lines(path)}
 
 
 def cpu_name():
@@ -213,36 +221,37 @@ def load(cfg):
                       held_out=test, **cfg.options)
     policy = agrpo.load_policy(cfg)
     params = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+    optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.99),
+                                  weight_decay=cfg.weight_decay)
     return policy, data, test, params, optimizer
 
 
 def learn(cfg, estimator, how=None):
     """One training; held-out accuracy at five points of it, decoded as `how` [the rollouts].
 
-    Returns evals, greedy (max_prob at the end), and means of the log's numbers over the updates.
+    Returns evals, greedy (max_prob at the end), and means of the log's numbers of all updates.
     """
     policy, data, test, params, optimizer = load(cfg)
     how, every = how or cfg.how, max(1, cfg.updates // 4)
     history, evals, passes, seconds = [], [], 0, 0.0
 
     def evaluate():
-        accuracy = agrpo.evaluate(policy, test, cfg, how, cfg.eval_n)
-        evals.append(dict(update=len(history), passes=passes, seconds=seconds, accuracy=accuracy))
+        evals.append(dict(update=len(history), passes=passes, seconds=seconds,
+                          accuracy=agrpo.evaluate(policy, test, cfg, how, cfg.eval_n)))
 
     evaluate()
-    gradient = estimators.ESTIMATORS[estimator]
+    gradient = ESTIMATORS[estimator]
     for now in agrpo.train(policy, data, cfg, params, optimizer, gradient=gradient):
         history.append(now)
         passes += cfg.questions * cfg.G * cfg.m + 3 * now["pairs"]
         seconds += now["rollout_seconds"] + now["loss_seconds"]
         if now["update"] % every == 0 or now["update"] == cfg.updates:
             evaluate()
-    greedy = replace(how, unmasking="max_prob", temperature=0.0)
+    how = replace(how, unmasking="max_prob", temperature=0.0)
+    greedy = agrpo.evaluate(policy, test, cfg, how, cfg.eval_n)
     means = {name: float(np.mean([x[name] for x in history]))
              for name in ("pairs", "dead_groups", "rollout_seconds", "loss_seconds")}
-    return dict(evals=evals, greedy=agrpo.evaluate(policy, test, cfg, greedy, cfg.eval_n),
-                **means)
+    return dict(evals=evals, greedy=greedy, **means)
 
 
 def last(run):
@@ -250,46 +259,28 @@ def last(run):
 
 
 def learning(lab, title, variants):
-    """Train each of {label: (flags, estimator)} on every seed and tabulate. -> {label: [runs]}"""
-    calls = [(lab.config(seed=seed, **flags), estimator)
-             for flags, estimator in variants.values() for seed in lab.seeds]
-    found = iter(lab.pieces(learn, calls))
-    runs = {name: [next(found) for _ in lab.seeds] for name in variants}
-    cfg = calls[0][0]
-    lab.note(f"held-out accuracy, sampled as the rollouts are; {cfg.task}, m = {cfg.m}, n = {cfg.eval_n}, "
-             f"{cfg.questions} x {cfg.G} rollouts an update, seeds {lab.seeds}: mean [lowest, highest]")
-    lab.table((title, "base", "trained", "then greedily", "updates", "passes", "s/update"),
-              *(learning_row(name, runs[name]) for name in variants))
+    """Train each of {name: (flags, estimator)} on every seed and tabulate. -> {name: [runs]}"""
+    runs = lab.over_seeds(learn, variants)
+    cfg = lab.config(**next(iter(variants.values()))[0])
+    lab.note(f"held-out accuracy, sampled as the rollouts are; {cfg.task}, m = {cfg.m}, "
+             f"n = {cfg.eval_n}, {cfg.questions} x {cfg.G} rollouts an update, seeds "
+             f"{lab.seeds}: mean [lowest, highest]")
+    lab.table((title, *LEARNING), *((name, *learning_row(runs[name])) for name in variants))
     return runs
 
 
-def learning_row(name, runs):
+LEARNING = ("base", "trained", "then greedily", "updates", "passes", "s/update")
+
+
+def learning_row(runs):
     there = [run for run in runs if run]
     if not there:
-        return name, *["not run"] * 6
-    ends = [run["evals"][-1] for run in there]
-    updates = ends[0]["update"]
-    return (name, f"{np.mean([run['evals'][0]['accuracy'] for run in there]):.1%}",
-            spread([last(run) for run in runs]), spread([run and run["greedy"] for run in runs]),
-            updates, f"{np.mean([end['passes'] for end in ends]):,.0f}",
-            f"{np.mean([end['seconds'] for end in ends]) / updates:.2f}")
-
-
-def draw_learning(runs, x="passes"):
-    """Held-out accuracy of {label: [run per seed]}, lines named at their ends."""
-    def draw(fig):
-        ax, ends = fig.subplots(), []
-        for (name, seeds), color in zip(runs.items(), itertools.cycle(figures.COLORS)):
-            evals = [run["evals"] for run in seeds if run]
-            if evals:
-                at = np.mean([[e[x] for e in run] for run in evals], axis=0)
-                y = np.array([[e["accuracy"] for e in run] for run in evals])
-                figures.band(ax, at, y, color)
-                ends.append((at[-1], y[:, -1].mean(), name, color))
-        ax.set(ylabel="held-out accuracy",
-               xlabel=dict(passes="forward passes of a row (a state of the loss: 3)").get(x, x))
-        figures.name_ends(ax, ends, 0.06)
-    return draw
+        return ["not run"] * len(LEARNING)
+    ends, base = [run["evals"][-1] for run in there], there[0]["evals"][0]["accuracy"]
+    passes, seconds = (np.mean([end[x] for end in ends]) for x in ("passes", "seconds"))
+    updates, greedy = ends[0]["update"], [run and run["greedy"] for run in runs]
+    return (f"{base:.1%}", spread([last(run) for run in runs]), spread(greedy), updates,
+             f"{passes:,.0f}", f"{seconds / updates:.2f}")
 
 
 # ==============================================================================================
@@ -304,100 +295,96 @@ def variance_cell(cfg, ms, draws):
     costs nothing.
     """
     policy, data, _, params, optimizer = load(cfg)
-    if cfg.lora_r:                                              # fresh LoRA has B = 0: A gets no gradient
+    if cfg.lora_r:                     # fresh LoRA has B = 0, and A no gradient
         for _ in agrpo.train(policy, data, cfg, params, optimizer):
             pass
     found = []
 
     def measure(policy, traj, A, cfg, rand):
         if not A.any():
-            raise agrpo.UserError("every group is dead: give another --seed or more --questions")
+            raise agrpo.UserError("every group is dead: give another --seed, more --questions")
         pairs, gram = estimators.pair_gradients(policy, traj, A)
         norms = torch.zeros(len(A) * cfg.m, dtype=torch.float64)
         norms[pairs] = gram.diagonal().sqrt()
+        norms = norms.view(-1, cfg.m)
         toward, size = gram.sum(dim=1), gram.sum()              # g_i . g and |g|^2
-        for (follow, points), k in itertools.product(estimators.SAMPLERS, sorted({1, 2, 4, 8, cfg.m})):
-            if follow == "true norm":
-                p = norms.view(-1, cfg.m) / norms.view(-1, cfg.m).sum(1, keepdim=True).clamp(min=1e-100)
-            else:
-                p = agrpo.timestep_probs(traj, follow)
-            off = estimators.draw_weights(p, A, k, points, draws)[:, pairs] - 1
-            square, along = ((off @ gram) * off).sum(dim=1) / size, off @ toward / size
-            states = (off > -1).sum(dim=1).double().mean() / (A != 0).sum()
-            found.append(dict(m=cfg.m, follow=follow, points=points, k=k, variance=square.mean().item(),
-                              bias=along.mean().item(), error=along.std().item() / draws ** 0.5,
-                              states=states.item()))
+        probs = {follow: agrpo.timestep_probs(traj, follow) for follow in agrpo.FOLLOW}
+        probs["true norm"] = norms / norms.sum(dim=1, keepdim=True).clamp(min=1e-100)
+        for (follow, points), k in itertools.product(SAMPLERS, sorted({1, 2, 4, 8, cfg.m})):
+            c = estimators.draw_weights(probs[follow], A, k, points, draws)[:, pairs]
+            square = (((c - 1) @ gram) * (c - 1)).sum(dim=1) / size
+            along = (c - 1) @ toward / size
+            states = (c > 0).sum(dim=1).double().mean() / (A != 0).sum()
+            found.append(dict(m=cfg.m, k=k, sampler=f"{follow}, {points}",
+                              variance=square.mean().item(), states=states.item(),
+                              bias=along.mean().item(),
+                              error=along.std().item() / draws ** 0.5))
         return NOTHING
 
     for m in ms:
         torch.manual_seed(cfg.seed)
         one = replace(cfg, m=m, updates=cfg.updates + 1)
-        for _ in agrpo.train(policy, data, one, params, optimizer, cfg.updates, gradient=measure):
+        for _ in agrpo.train(policy, data, one, params, optimizer, cfg.updates, measure):
             pass
     return found
 
 
 @experiment("6 minutes", "--questions 8 --updates 20 --k 1", "--questions 3 --G 4 --updates 2")
 def variance(lab):
-    """Relative variance of the estimate against the exact gradient of all steps, for every timestep
-    sampler, k and m. Cells: task x (all parameters of the base model | LoRA after --updates)."""
+    """Relative variance of the estimate against the exact gradient of all steps, for every
+    timestep sampler, k and m; of all parameters of the base model, and LoRA after --updates."""
     ms, draws = dict(countdown=(4, 6, 12), sudoku=(4, 5, 10)), 50 if lab.quick else 1000
-    hard = dict(sudoku=dict(unmasking="random"))                # by max_prob most groups are all right: dead
+    hard = dict(sudoku=dict(unmasking="random"))      # by max_prob most groups are right: dead
     kinds = {"base model": dict(lora_r=0), f"after {lab.config().updates} updates": {}}
-    cells = {f"{task}, {kind}": dict(task=task, **hard.get(task, {}), **flags)
-             for task in lab.tasks() for kind, flags in kinds.items()}
-    calls = [(lab.config(seed=seed, **flags), ms.get(flags["task"], (4,))[:1 if lab.quick else 3], draws)
-             for flags in cells.values() for seed in lab.seeds]
-    found = iter(lab.pieces(variance_cell, calls))
-    results = {cell: [next(found) or [] for _ in lab.seeds] for cell in cells}
+    results = lab.over_seeds(variance_cell, {
+        f"{task}, {kind}": (dict(task=task, **hard.get(task, {}), **flags),
+                            ms.get(task, (4,))[:1 if lab.quick else 3], draws)
+        for task in lab.tasks() for kind, flags in kinds.items()})
+    results = {cell: [x for found in seeds for x in found or []]
+               for cell, seeds in results.items()}
+    names = [", ".join(sampler) for sampler in SAMPLERS]
 
-    def get(seeds, field, sampler, m, k):
-        return np.array([x[field] for found in seeds for x in found
-                         if (x["follow"], x["points"], x["m"], x["k"]) == (*sampler, m, k)])
+    def get(rows, name, m, k, field="variance"):
+        return np.array([x[field] for x in rows
+                         if (x["sampler"], x["m"], x["k"]) == (name, m, k)])
 
-    for cell, seeds in results.items():
-        at = sorted({(x["m"], x["k"]) for found in seeds for x in found if x["k"] in (2, 4) and x["k"] < x["m"]})
-        lab.note(f"{cell}: relative variance |g_hat - g|^2 / |g|^2, mean over {len(seeds)} batches +- their "
-                 "spread; last column: forward passes a row in the column before it, equal draws merged")
-        rows = [(", ".join(sampler), *(f"{v.mean():.3f}+-{v.std():.2f}" for v in (
-            get(seeds, "variance", sampler, *mk) for mk in at)),
-            f"{get(seeds, 'states', sampler, *at[-1]).mean():.2f}") for sampler in estimators.SAMPLERS if at]
-        lab.table(("p_t, points", *(f"m={m} k={k}" for m, k in at), "passes"), *rows)
+    def plus_minus(values):
+        return f"{values.mean():.3f}+-{values.std():.2f}"
 
-    everything = [x for seeds in results.values() for found in seeds for x in found]
-    few = [x for x in everything if x["k"] in (1, 2, 4) and x["k"] < x["m"]]
+    for cell, rows in results.items():
+        at = sorted({(x["m"], x["k"]) for x in rows if x["k"] in (2, 4) and x["k"] < x["m"]})
+        lab.note(f"{cell}: relative variance |g_hat - g|^2 / |g|^2, mean over {len(lab.seeds)} "
+                 "batches +- their spread; last column: forward passes a row in the one before "
+                 "it, equal draws merged")
+        lab.table(("p_t, points", *(f"m={m} k={k}" for m, k in at), "passes"), *(
+            (name, *(plus_minus(get(rows, name, *mk)) for mk in at),
+             f"{get(rows, name, *at[-1], 'states').mean():.2f}") for name in names if at))
 
-    def log_mean(sampler, price):
-        return np.mean([np.log(x["variance"] * x["states"] ** price) for x in few
-                        if (x["follow"], x["points"]) == sampler])
-    lab.note("all of it, k in 1, 2, 4: geometric mean of the variance in units of the official sampler's (entropy, "
-             "batch-strata); per pass: variance x forward passes, which merged draws save")
-    base = [log_mean(("entropy", "batch-strata"), price) for price in (0, 1)]
+    everything = [x for rows in results.values() for x in rows]
+
+    def log_mean(name, price):
+        return np.mean([np.log(x["variance"] * x["states"] ** price) for x in everything
+                        if x["k"] in (1, 2, 4) and x["k"] < x["m"] and x["sampler"] == name])
+    lab.note("all of it, k in 1, 2, 4: geometric mean of the variance in units of the official "
+             "sampler's (entropy, batch-strata); per pass: variance x forward passes, which "
+             "merged draws save")
+    base = [log_mean("entropy, batch-strata", price) for price in (0, 1)]
     lab.table(("p_t, points", "variance", "per pass"), *(
-        (", ".join(s), *(f"{np.exp(log_mean(s, price) - base[price]):.2f}" for price in (0, 1)))
-        for s in estimators.SAMPLERS))
+        (name, *(f"{np.exp(log_mean(name, price) - base[price]):.2f}" for price in (0, 1)))
+        for name in names if everything))
     z = np.array([abs(x["bias"] / x["error"]) for x in everything if x["error"] > 1e-9])
-    lab.note(f"bias along g in standard errors, {len(z)} estimates: median {np.median(z):.2f} (0.67 expected of "
-             f"none), beyond 2: {np.mean(z > 2):.1%} (5 %)")
-
-    def draw(fig):
-        lines = {("uniform", "iid"): "uniform, iid", ("entropy", "batch-strata"): "official",
-                 ("surprise", "systematic"): "ours"}
-        axes = fig.subplots(1, len(results), sharey=True, squeeze=False)[0]
-        for ax, (cell, seeds) in zip(axes, results.items()):
-            m, ends = max(x["m"] for x in seeds[0]), []
-            ks = [k for k in (1, 2, 4, 8) if k < m]
-            ax.set(xscale="log", yscale="log", xlabel="k", title=f"{cell}\nm = {m}".replace(", ", "\n"))
-            for (sampler, name), color in zip(lines.items(), figures.COLORS):
-                y = np.stack([get(seeds, "variance", sampler, m, k) for k in ks], axis=1)
-                figures.band(ax, ks, y, color)
-                ends.append((ks[-1], y[:, -1].mean(), name, color))
-            ax.set_xticks(ks, ks)
-            ax.minorticks_off()
-        axes[0].set_ylabel("relative variance")
-        fig.canvas.draw()                                       # axis limits as they will be
-        figures.name_ends(axes[-1], ends, 0.07)
-    lab.finish(plain=(draw, 3.2))
+    lab.note(f"bias along g in standard errors, {len(z)} estimates: median {np.median(z):.2f} "
+             f"(0.67 expected of none), beyond 2: {np.mean(z > 2):.1%} (5 %)")
+    shown = {"uniform, iid": "uniform, iid", "entropy, batch-strata": "official",
+             "surprise, systematic": "ours"}
+    panels = {}
+    for cell, rows in results.items():
+        m = max(x["m"] for x in rows)
+        ks = [k for k in (1, 2, 4, 8) if k < m]
+        panels[f"{cell}\nm = {m}".replace(", ", "\n")] = ks, {
+            title: np.stack([get(rows, name, m, k) for k in ks], axis=1)
+            for name, title in shown.items()}
+    lab.finish(plain=(figures.log_lines(panels, "k", "relative variance"), 3.2))
 
 
 # ==============================================================================================
@@ -405,57 +392,56 @@ def variance(lab):
 # ==============================================================================================
 
 CERTAIN = ("every step", "step-merge", "EGSPO", "TraceRL")      # no draws: one says all
-WARM = 0.6                                                      # "another T" of the row T != 1
+WARM = 0.6                             # the other T of "scored at T = 1"
 
 
 def directions(cfg, names, batches, draws):
     """{name: sums over the batches}, from which `angles` makes cosines, bias and variance.
 
-    Per batch b of rollouts: g its exact gradient, e the mean of `draws` estimates on the same
-    rollouts. Products of two different draws, or batches, have no noise of their own in the mean.
+    Per batch of rollouts: g its exact gradient, e the mean of `draws` estimates on the same
+    rollouts. Products of two different draws, or batches, have no noise in their mean.
     """
-    policy, data, _, params, optimizer = load(replace(cfg, lora_r=0))
-    sums = {name: dict(dot=0.0, gg=0.0, ee=0.0, square=0.0, states=0.0, cosine=[]) for name in names}
-    total = {}
+    cfg = replace(cfg, updates=batches, lora_r=0)
+    policy, data, _, params, optimizer = load(cfg)
+    zero = dict.fromkeys(("dot", "gg", "ee", "square", "mean_square", "states"), 0.0)
+    sums, total = {name: dict(zero, cosine=[]) for name in names}, dict.fromkeys(names, 0.0)
+    total["g"] = 0.0
 
-    def take(name, traj, A, cfg, rand):
-        seen = estimators.ESTIMATORS[name](policy, traj, A, cfg, rand)
+    def take(name, *batch):
+        seen = ESTIMATORS[name](policy, *batch)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         for p in params:
             p.grad = None
         return torch.cat([g.flatten() for g in grads]).double(), len(seen.ratio)
 
-    def measure(policy, traj, A, cfg, rand):
-        g, _ = take("every step", traj, A, cfg, rand)
-        total["g"] = total.get("g", 0) + g
-        for name in names:
+    def measure(policy, *batch):
+        g, _ = take("every step", *batch)
+        total["g"] += g
+        for name, s in sums.items():
             n = 1 if name in CERTAIN else draws
-            es, states = zip(*(take(name, traj, A, cfg, rand) for _ in range(n)))
-            e, square = sum(es) / n, sum(x.square().sum() for x in es).item() / n
-            total[name] = total.get(name, 0) + e
-            s = sums[name]
+            es, states = zip(*(take(name, *batch) for _ in range(n)))
+            e, square = sum(es) / n, sum((x @ x).item() for x in es) / n
+            mean_square = (e @ e).item()
+            total[name] += e
             s["dot"] += (e @ g).item()
             s["gg"] += (g @ g).item()
-            # |E e|^2 without the noise: products of two different draws.
-            s["ee"] += ((n * n * (e @ e).item() - n * square) / (n * n - n)) if n > 1 else square
+            # |E e|^2 without the noise: the products of two different draws.
+            s["ee"] += (n * mean_square - square) / (n - 1) if n > 1 else square
             s["square"] += square
-            s["mean_square"] = s.get("mean_square", 0.0) + (e @ e).item()
-            s["states"] += sum(states) / n / len(A) / batches
-            s["cosine"] += [cosine(x, g) for x in es]
+            s["mean_square"] += mean_square
+            s["states"] += sum(states) / (n * cfg.questions * cfg.G * batches)
+            s["cosine"] += [torch.cosine_similarity(x, g, dim=0).item() for x in es]
         return NOTHING
 
-    cfg = replace(cfg, updates=batches, lora_r=0)
     for _ in agrpo.train(policy, data, cfg, params, optimizer, gradient=measure):
         pass
+    g = total["g"]
     for name, s in sums.items():
-        e, g = total[name], total["g"]
-        s.update(batches=batches, across=(e @ g).item() - s["dot"], across_gg=(g @ g).item() - s["gg"],
+        e = total[name]
+        s.update(batches=batches, across=(e @ g).item() - s["dot"],
+                 across_gg=(g @ g).item() - s["gg"],
                  across_ee=(e @ e).item() - s.pop("mean_square"))
     return sums
-
-
-def cosine(a, b):
-    return torch.nn.functional.cosine_similarity(a, b, dim=0).item()
 
 
 def angles(parts):
@@ -463,7 +449,7 @@ def angles(parts):
 
     one       cosine of one estimate to the exact gradient of the same rollouts
     mean      the same for the mean of the estimates: what stays when their noise averages out
-    bias      sine of that angle: |c E e - g| / |g| at the best factor c (the step size absorbs it)
+    bias      sine of that angle: |c E e - g| / |g| at the best c (the step size absorbs it)
     variance  E |e - E e|^2 in units of |g|^2, at the length of e where its part along g is g
     expected  cosine of the estimates' mean over rollouts to the policy gradient
     reach     cosine of one estimate to the policy gradient: bias and both noises together
@@ -471,13 +457,14 @@ def angles(parts):
     s = {key: np.sum([part[key] for part in parts]) for key in parts[0] if key != "cosine"}
     mean = s["dot"] / np.sqrt(s["ee"] * s["gg"])
     gain = s["dot"] / s["gg"]
-    pairs = len(parts) * parts[0]["batches"] * (parts[0]["batches"] - 1)
+    pairs = s["batches"] * (parts[0]["batches"] - 1)            # of two different batches
     with np.errstate(invalid="ignore", divide="ignore"):
         expected = s["across"] / np.sqrt(s["across_ee"] * s["across_gg"])
-        reach = s["across"] / pairs / np.sqrt(s["square"] / s["batches"] * s["across_gg"] / pairs)
+        lengths = np.sqrt(s["square"] / s["batches"] * s["across_gg"] / pairs)
     return dict(one=np.mean([c for part in parts for c in part["cosine"]]), mean=mean,
-                bias=np.sqrt(max(0.0, 1 - min(mean, 1.0) ** 2)), expected=expected, reach=reach,
+                bias=np.sqrt(max(0.0, 1 - min(mean, 1.0) ** 2)),
                 variance=max(0.0, s["square"] - s["ee"]) / s["gg"] / gain ** 2,
+                expected=expected, reach=s["across"] / pairs / lengths,
                 states=s["states"] / len(parts))
 
 
@@ -485,129 +472,104 @@ def compare_gradients(lab):
     """The tables of angles. Returns {m: {name: [part per seed]}}."""
     names = ["every step", "AGRPO", "official", *estimators.RECIPES]
     batches, draws = (2, 2) if lab.quick else (12, 2)
-    ms = {4: 2} if lab.quick else {2: 1, 4: 2, 12: 4}
-    found = {}
-    for (m, k), warm in itertools.product(ms.items(), (False, True)):
-        flags, who = dict(m=m, k=k), names
-        if warm:
-            flags, who = dict(flags, temperature=WARM), ["AGRPO", "scored at T = 1"]
+    ms, found = {4: 2} if lab.quick else {2: 1, 4: 2, 12: 4}, {}
+    for (m, k), T in itertools.product(ms.items(), ("", WARM)):
+        flags = dict(m=m, k=k, temperature=T) if T else dict(m=m, k=k)
+        who = ["AGRPO", "scored at T = 1"] if T else names
         calls = [(lab.config(seed=seed, **flags), who, batches, draws) for seed in lab.seeds]
         parts = [part for part in lab.pieces(directions, calls) if part]
         for name in who if parts else ():
-            shown = f"{name}, T = {WARM}" if warm else name
+            shown = f"{name}, T = {T}" if T else name
             found.setdefault(m, {})[shown] = [part[name] for part in parts]
     for m, rows in found.items():
         cfg = lab.config(m=m, k=ms[m])
         lab.note(f"m = {m}, k = {ms[m]}; {cfg.task}, all parameters of the base model, "
-                 f"{len(rows['every step'])} seeds x {batches} batches of {cfg.questions * cfg.G} rollouts, {draws} draws")
-        lab.table(("estimator", "states/row", "one", "mean", "bias", "variance", "var x states",
-                   "expected", "reach"), *(angle_row(name, parts) for name, parts in rows.items()))
-    lab.note("states/row: forward passes of the loss. Cosines to the exact gradient of the same rollouts: one, of "
-             "a single estimate; mean, of the estimates' mean, so what is missing to 1 is bias (its sine). variance: "
-             "noise of the estimate's own draws in units of |g|^2. Cosines to the policy gradient over other "
-             "rollouts: expected, of the mean; reach, of one estimate on one batch. [lowest, highest] of the seeds")
+                 f"{len(lab.seeds)} seeds x {batches} batches of {cfg.questions * cfg.G} "
+                 f"rollouts, {draws} draws on each")
+        lab.table(("estimator", "states", "one", "mean", "bias", "variance", "x states",
+                   "expected", "reach"), *((name, *angle_row(rows[name])) for name in rows))
+    lab.note("states: forward passes of the loss a row. Cosines to the exact gradient of the "
+             "same rollouts: one, of a single estimate; mean, of the estimates' mean, known to "
+             "about 0.02, so that a bias (its sine) under 0.2 may be none. variance: noise of "
+             "the estimate's own draws in units of |g|^2; x states: per forward. Cosines to "
+             "the policy gradient over other rollouts: expected, of the mean; reach, of one "
+             "estimate on one batch. [lowest, highest] of the seeds")
     return found
 
 
-def angle_row(name, parts):
+def angle_row(parts):
     x, each = angles(parts), [angles([part]) for part in parts]
 
     def seeds(key):
         values = [e[key] for e in each]
         text = f"{x[key]:.2f} [{min(values):.2f}, {max(values):.2f}]"
         return "-" if "nan" in text else text                   # too few batches to tell
-    return (name, f"{x['states']:.2f}", seeds("one"), f"{x['mean']:.3f}", f"{x['bias']:.2f}",
-            f"{x['variance']:.3f}", f"{x['variance'] * x['states']:.3f}", seeds("expected"), seeds("reach"))
+    return (f"{x['states']:.2f}", seeds("one"), f"{x['mean']:.3f}", f"{x['bias']:.2f}",
+            f"{x['variance']:.3f}", f"{x['variance'] * x['states']:.3f}", seeds("expected"),
+            seeds("reach"))
 
 
-def draw_angles(found):
-    """Dots per estimator: the mean's cosine (hollow: bias) and one estimate's (full: and noise)."""
-    def draw(fig):
-        names = list(next(iter(found.values())))
-        axes = fig.subplots(1, len(found), sharey=True, squeeze=False)[0]
-        y = np.arange(len(names))
-        for ax, (m, rows) in zip(axes, found.items()):
-            x = [angles(rows[name]) for name in names]
-            one, mean = (np.clip([v[key] for v in x], None, 1) for key in ("one", "mean"))
-            ax.hlines(y, one, mean, color=figures.FAINT, lw=1)
-            ax.plot(mean, y, "o", ms=6, mfc=figures.PAPER, color=figures.COLORS[0], label="mean: its bias is left")
-            ax.plot(one, y, "o", ms=6, color=figures.COLORS[1], label="one estimate: bias and noise")
-            ax.set(title=f"m = {m}", xlim=(0, 1.04), yticks=y, yticklabels=names)
-            ax.set_xlabel("cosine to the exact gradient")
-        axes[0].invert_yaxis()
-        fig.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-    return draw
-
-
-ORDER = ["AGRPO", "ELBO", "one-step", "step-merge", "EGSPO", "coupled", "ESPO", "SPG", "RLDF", "GDPO", "wd1",
-         "GDSD", "TraceRL", "official", "JustGRPO", "every step"]
+ORDER = ["AGRPO", "ELBO", "one-step", "step-merge", "EGSPO", "coupled", "ESPO", "SPG", "RLDF",
+         "GDPO", "wd1", "GDSD", "TraceRL", "official", "JustGRPO", "every step"]
 
 
 def compare_learning(lab, task):
-    """Learning at equal forward passes: learning rates with the first seed, the best with all."""
-    names = ORDER[:2] if lab.quick else ORDER
+    """Learning at equal forward passes: all learning rates with the first seed, the best one
+    with every seed. Returns {name: [run per seed]}."""
     hard = dict(unmasking="random") if task == "sudoku" else {}
     cfg = lab.config(task=task, **hard)
-    rows = cfg.questions * cfg.G
-    budget = cfg.updates * rows * (cfg.m + 3 * cfg.k)
+    names, rows = ORDER[:2] if lab.quick else ORDER, cfg.questions * cfg.G
     rates = [cfg.lr] if lab.quick else [cfg.lr / 2, cfg.lr, cfg.lr * 2]
+    budget = cfg.updates * rows * (cfg.m + 3 * cfg.k)
 
     def call(name, lr, seed):
-        if name == "JustGRPO":                                  # its own way to write; evaluated as the others
-            own = lab.config(task=task, lr=lr, seed=seed, block_length=1, m=cfg.C, k=1, divide_by_std=True)
-            own.updates = max(1, round(budget / (rows * 4 * cfg.C)))
-            return own, "every step", cfg.how
-        own = lab.config(task=task, lr=lr, seed=seed, **hard)
-        own.updates = max(1, round(budget / (rows * (cfg.m + 3 * estimators.forwards(name, cfg)))))
-        return own, name
+        how, flags = [], dict(task=task, lr=lr, seed=seed)
+        if name == "JustGRPO":         # a way of its own to write; evaluated as the others
+            flags.update(block_length=1, m=cfg.C, k=1, divide_by_std=True)
+            name, how = "every step", [cfg.how]
+        own = lab.config(**hard | flags)
+        passes = rows * (own.m + 3 * estimators.forwards(name, own))
+        own.updates = max(1, round(budget / passes))
+        return own, name, *how
 
-    first = dict(zip(itertools.product(names, rates), lab.pieces(
-        learn, [call(name, lr, lab.seeds[0]) for name in names for lr in rates])))
-    best = {name: max(rates, key=lambda lr: last(first[name, lr]) or -1.0) for name in names}
-    others = iter(lab.pieces(learn, [call(name, best[name], seed) for name in names for seed in lab.seeds[1:]]))
-    runs = {name: [first[name, best[name]]] + [next(others) for _ in lab.seeds[1:]] for name in names}
-    lab.note(f"{task}: held-out accuracy after about {budget:,} forward passes (dead groups and merged steps save "
-             f"some), m = {cfg.m}, n = {cfg.eval_n}, {rows} rollouts an update, LoRA, seeds {lab.seeds}: mean [lowest, "
-             "highest]. lr: the best for the first seed, whose accuracies at all rates stand behind")
-    lab.table(("estimator", "lr", "base", "trained", "then greedily", "updates", "passes", "s/update",
-               *(f"at {lr:.2g}" for lr in rates)), *(
-        (name, f"{best[name]:.2g}" if first[name, best[name]] else "-", *learning_row(name, runs[name])[1:],
-         *(spread([last(first[name, lr])]).split(" [")[0] for lr in rates)) for name in names))
-    return {name: seeds for name, seeds in runs.items() if any(seeds)}
-
-
-def draw_final(found):
-    """Accuracy at the end, a dot per seed; dashed: before training."""
-    def draw(fig):
-        axes = fig.subplots(1, len(found), squeeze=False)[0]
-        for ax, (task, runs) in zip(axes, found.items()):
-            order = sorted(runs, key=lambda name: np.mean([last(run) for run in runs[name] if run]))
-            for y, name in enumerate(order):
-                values = [last(run) for run in runs[name] if run]
-                color = figures.COLORS[1 if name == "AGRPO" else 0]
-                ax.plot(values, [y] * len(values), "o", ms=4, color=color, alpha=0.5)
-                ax.plot(np.mean(values), y, "|", ms=14, mew=2, color=color)
-            base = np.mean([run["evals"][0]["accuracy"] for seeds in runs.values() for run in seeds if run])
-            ax.axvline(base, ls="--", lw=1, color=figures.FAINT)
-            ax.set(yticks=range(len(order)), yticklabels=order, title=task, xlabel="held-out accuracy")
-    return draw
+    runs, table = {}, []
+    for name in names:
+        first = lab.pieces(learn, [call(name, lr, lab.seeds[0]) for lr in rates])
+        best = max(range(len(rates)), key=lambda i: last(first[i]) or -1.0)
+        others = [call(name, rates[best], seed) for seed in lab.seeds[1:]]
+        found = [first[best], *lab.pieces(learn, others)]
+        tried = ["not run" if run is None else f"{last(run):.1%}" for run in first]
+        table.append((name, f"{rates[best]:.2g}", *learning_row(found), *tried))
+        if any(found):
+            runs[name] = found
+    lab.note(f"{task}: held-out accuracy after about {budget:,} forward passes (dead groups "
+             f"and merged steps save some), m = {cfg.m}, n = {cfg.eval_n}, {rows} rollouts an "
+             f"update, LoRA, seeds {lab.seeds}: mean [lowest, highest]. lr: the best for the "
+             "first seed, whose accuracies at all rates stand behind")
+    lab.table(("estimator", "lr", *LEARNING, *(f"at {lr:.2g}" for lr in rates)), *table)
+    return runs
 
 
-@experiment("3 hours, in pieces", "--m 4 --k 2 --questions 10 --updates 60 --eval_n 400 --lr 1e-3",
+@experiment("3 hours, in pieces",
+            "--m 4 --k 2 --questions 10 --updates 60 --eval_n 400 --lr 1e-3",
             "--updates 2 --questions 3 --eval_n 20")
 def compare(lab):
-    """Every estimator of lab/estimators.py: cosine to the exact gradient, bias and variance apart;
-    then learning at equal forward passes, each at the best of three learning rates."""
-    lab.say(*textwrap.wrap("Recipes and their sources: lab/estimators.py. JustGRPO: block_length 1, every step, "
-                           "divided by the group's std; its gradient is AGRPO's, exact.", 118))
-    gradients = compare_gradients(lab)
-    runs = {task: compare_learning(lab, task) for task in lab.tasks()}
-    runs = {task: found for task, found in runs.items() if found}
-    pictures = {}
-    if gradients:
-        pictures["plain"] = (draw_angles(gradients), 4.6)
+    """Every estimator of lab/estimators.py: cosine to the exact gradient, bias and variance
+    apart; then learning at equal forward passes, each at the best of three learning rates."""
+    lab.say("Recipes and their sources: lab/estimators.py. JustGRPO: block_length 1, every "
+            "step, std; its gradient is AGRPO's.")
+    found, pictures = compare_gradients(lab), {}
+    if found:
+        dots = {f"m = {m}": {name: angles(parts) for name, parts in rows.items()}
+                for m, rows in found.items()}
+        pictures["plain"] = figures.angle_dots(dots), 4.6
+    runs = {task: runs for task in lab.tasks() if (runs := compare_learning(lab, task))}
     if runs:
-        pictures["learning"] = (draw_final(runs), 3.8)
+        dots = {task: {name: [last(run) for run in seeds if run]
+                       for name, seeds in these.items()} for task, these in runs.items()}
+        base = {task: next(run["evals"][0]["accuracy"] for seeds in these.values()
+                           for run in seeds if run) for task, these in runs.items()}
+        pictures["learning"] = figures.accuracy_dots(dots, base), 3.8
     lab.finish(**pictures)
 
 
@@ -618,25 +580,26 @@ def compare(lab):
 @experiment("25 minutes", "--m 12 --k 2 --updates 60 --questions 10 --eval_n 400",
             "--m 4 --updates 2 --questions 3 --eval_n 20")
 def k(lab):
-    """What does a larger k buy, at equal updates and at equal forward passes? The largest is every
-    step: k = m points through a uniform p_t hit each step once, with weight 1."""
+    """What does a larger k buy, at equal updates and at equal forward passes? The largest is
+    every step: k = m points through a uniform p_t hit each step once, with weight 1."""
     cfg = lab.config()
     m, passes = cfg.m, cfg.updates * (cfg.m + 3 * cfg.k)
-    all_steps = dict(k=m, follow="uniform")
-    chosen = {f"{n}": dict(k=n) for n in sorted({1, 2, m // 2})} | {f"all ({m})": all_steps}
-    runs = learning(lab, "k, equal updates", {name: (flags, "AGRPO") for name, flags in chosen.items()})
-    equal = {name: (dict(flags, updates=max(1, round(passes / (m + 3 * flags["k"])))), "AGRPO")
-             for name, flags in chosen.items()}
-    runs = learning(lab, "k, equal passes", equal)
-    lab.finish(plain=(draw_learning({f"k = {name}": seeds for name, seeds in runs.items()}), 3.2))
+    flags = {f"k = {n}": dict(k=n) for n in sorted({1, 2, m // 2})}
+    flags[f"all {m}"] = dict(k=m, follow="uniform")
+    learning(lab, "equal updates", {name: (its, "AGRPO") for name, its in flags.items()})
+    equal = {name: dict(its, updates=max(1, round(passes / (m + 3 * its["k"]))))
+             for name, its in flags.items()}
+    runs = learning(lab, "equal passes", {name: (its, "AGRPO") for name, its in equal.items()})
+    lab.finish(plain=(figures.learning_lines(runs, "passes"), 3.0))
 
 
-@experiment("15 minutes", "--m 4 --k 2 --updates 150 --eval_n 400", "--updates 2 --questions 3 --eval_n 20")
+@experiment("15 minutes", "--m 4 --k 2 --updates 150 --eval_n 400",
+            "--updates 2 --questions 3 --eval_n 20")
 def order(lab):
-    """Learning with every order of unmasking, evaluated as it samples, and greedily by max_prob."""
-    variants = {rule: (dict(unmasking=rule), "AGRPO") for rule in agrpo.UNMASKING}
-    runs = learning(lab, "order of unmasking", variants)
-    lab.finish(plain=(draw_learning(runs, "update"), 3.0))
+    """Learning with every order of unmasking, evaluated as it samples, and greedy max_prob."""
+    runs = learning(lab, "order of unmasking",
+                    {rule: (dict(unmasking=rule), "AGRPO") for rule in agrpo.UNMASKING})
+    lab.finish(plain=(figures.learning_lines(runs, "update"), 3.0))
 
 
 def accuracy_at_every_m(cfg, train):
@@ -650,66 +613,60 @@ def accuracy_at_every_m(cfg, train):
 
 @experiment("5 minutes", "--updates 150 --eval_n 500", "--updates 2 --questions 3 --eval_n 20")
 def steps(lab):
-    """Accuracy against denoising steps, base and trained: how many times fewer at equal accuracy?
+    """Accuracy against denoising steps, base and trained: how many fewer at equal accuracy?
     --adapter A,B,... takes adapters of finished runs; without it one is trained per seed."""
-    cfg = lab.config()
+    cfg, n = lab.config(), lab.config().eval_n
     folders = [folder for folder in cfg.adapter.split(",") if folder]
-    calls = [(replace(cfg, adapter=""), False)]
-    calls += [(replace(cfg, adapter=folder), False) for folder in folders]
+    calls = [(replace(cfg, adapter=folder), False) for folder in ["", *folders]]
     calls += [] if folders else [(lab.config(seed=seed), True) for seed in lab.seeds]
-    base, *trained = ({(m, greedy): share for m, greedy, share in found or []}
-                      for found in lab.pieces(accuracy_at_every_m, calls))
-    n = cfg.eval_n
-    lab.note(f"held-out accuracy against denoising steps; {cfg.task}, C = {cfg.C}, n = {n}; base: 95 % interval; trained "
-             f"at m = {cfg.m}, {len(trained)} adapters: mean [lowest, highest]. faster: how many times more steps the base "
-             "needs to be as accurate; surely: the same for the upper end of its interval and the lowest adapter")
-    for greedy in (True, False):
+    base, *trained = ({(m, greedy): share for m, greedy, share in found}
+                      for found in lab.pieces(accuracy_at_every_m, calls) if found)
+    lab.note(f"held-out accuracy against denoising steps; {cfg.task}, C = {cfg.C}, n = {n}; "
+             f"base: 95 % interval; trained at m = {cfg.m}, {len(trained)} adapters: mean "
+             "[lowest, highest]. faster: how many times more steps the base needs to be as accurate; "
+             "surely: the same for the upper end of its interval and the lowest adapter")
+    panels = {}
+    for greedy, way in ((True, "greedy"), (False, "sampled")):
         rows, ms = [], sorted(m for m, g in base if g == greedy)
-        high = {m: agrpo.wilson(base[m, greedy] * n, n)[1] for m in ms}
+        low, high = ({m: agrpo.wilson(base[m, greedy] * n, n)[i] for m in ms} for i in (0, 1))
         for m in reversed(ms):
-            mine, low = [t.get((m, greedy)) for t in trained], agrpo.wilson(base[m, greedy] * n, n)[0]
-            goals = [x for x in mine if x is not None]
-            if goals:
-                fast = next((b for b in ms if base[b, greedy] >= np.mean(goals)), None)
-                sure = next((b for b in ms if high[b] >= min(goals)), None)
-                times = [f"{b / m:.1f}x" if b else f"never, > {ms[-1] / m:.1f}x" for b in (fast, sure)]
-                rows.append((m, f"{base[m, greedy]:.1%} [{low:.1%}, {high[m]:.1%}]", spread(mine), *times))
-        lab.table(("steps, " + ("greedy" if greedy else "sampled"), "base", "trained", "faster", "surely"), *rows)
-
-    def draw(fig):
-        for ax, greedy in zip(fig.subplots(1, 2, sharey=True), (True, False)):
-            ms = sorted(m for m, g in base if g == greedy)
-            y = np.array([[t[m, greedy] for m in ms] for t in trained if t])
-            ax.set(xscale="log", xlabel="denoising steps", title="greedy" if greedy else "as the rollouts sample")
-            ax.plot(ms, [base[m, greedy] for m in ms], "o--", ms=3.5, color=figures.COLORS[6], label="base")
-            figures.band(ax, ms, y, figures.COLORS[1], f"trained at m = {cfg.m}")
-            ax.set_xticks(ms, ms)
-            ax.minorticks_off()
-        fig.axes[0].set_ylabel("held-out accuracy")
-        fig.axes[0].legend()
+            mine = [t[m, greedy] for t in trained]
+            fast = next((b for b in ms if base[b, greedy] >= np.mean(mine)), None)
+            sure = next((b for b in ms if high[b] >= min(mine)), None)
+            times = [f"{b / m:.1f}x" if b else f"never, > {ms[-1] / m:.1f}x"
+                     for b in (fast, sure)]
+            share = f"{base[m, greedy]:.1%} [{low[m]:.1%}, {high[m]:.1%}]"
+            rows.append((m, share, spread(mine), *times))
+        lab.table((f"steps, {way}", "base", "trained", "faster", "surely"), *rows)
+        panels[way] = ms, {"base": np.array([[base[m, greedy] for m in ms]]),
+                           "trained": np.array([[t[m, greedy] for m in ms] for t in trained])}
+    draw = figures.log_lines(panels, "denoising steps", "held-out accuracy", log_y=False)
     lab.finish(plain=(draw, 3.0))
 
 
 @experiment("3 minutes", "--updates 6 --eval_n 1", "--updates 2 --questions 3")
 def cost(lab):
-    """Where do the seconds of an update go? One configuration after the other: let nothing else run
-    on the machine."""
+    """Where do the seconds of an update go? One configuration after the other: let nothing else
+    run on the machine."""
     lab.jobs = 1
-    varied = [{}, *(dict(C=C) for C in (24, 48)), *(dict(m=m) for m in (4, 12)), dict(m=12, k=4),
+    varied = [{}, dict(C=24), dict(C=48), dict(m=4), dict(m=12), dict(m=12, k=4),
               dict(m=12, k=12, follow="uniform"), dict(G=4), dict(G=16)]
     cfgs = [lab.config(**flags) for flags in varied[:2 if lab.quick else None]]
-    lab.note(f"seconds per update of {cfgs[0].questions} questions, {torch.get_num_threads()} thread(s); passes: forward "
-             "passes (a state of the loss: 3); states: (row, step) pairs of the loss; dead: groups skipped; merged: "
-             "timesteps drawn twice, paid once")
+    lab.note(f"seconds per update of {cfgs[0].questions} questions, {torch.get_num_threads()} "
+             "thread(s); passes: forward passes (a state of the loss: 3); states: (row, step) "
+             "pairs of the loss; dead: groups skipped; merged: steps drawn twice, paid once")
     rows = []
     for cfg, run in zip(cfgs, lab.pieces(learn, [(cfg, "AGRPO") for cfg in cfgs])):
         if run:
             alive = cfg.questions * cfg.G * (1 - run["dead_groups"])
             roll, loss = run["rollout_seconds"], run["loss_seconds"]
-            rows.append((f"{cfg.C} {cfg.m} {cfg.k} {cfg.G}", f"{roll:.3f}", f"{loss:.3f}", f"{roll / (roll + loss):.0%}",
-                         f"{run['evals'][-1]['passes'] / cfg.updates:.0f}", f"{run['pairs']:.0f}",
-                         f"{run['dead_groups']:.0%}", f"{max(0, 1 - run['pairs'] / max(1, alive * cfg.k)):.0%}"))
-    lab.table(("C m k G", "rollout", "loss", "rollout's share", "passes", "states", "dead", "merged"), *rows)
+            merged = max(0.0, 1 - run["pairs"] / max(1.0, alive * cfg.k))
+            rows.append((f"{cfg.C} {cfg.m} {cfg.k} {cfg.G}", f"{roll:.3f}", f"{loss:.3f}",
+                         f"{roll / (roll + loss):.0%}", f"{run['pairs']:.0f}",
+                         f"{run['evals'][-1]['passes'] / cfg.updates:.0f}",
+                         f"{run['dead_groups']:.0%}", f"{merged:.0%}"))
+    lab.table(("C m k G", "rollout", "loss", "rollout's share", "states", "passes", "dead",
+               "merged"), *rows)
     lab.finish()
 
 
@@ -720,32 +677,32 @@ def cost(lab):
 def some_rollout(cfg, which=3):
     """policy, trajectory of one problem, the row to show, its title"""
     policy, _, test, *_ = load(cfg)
-    example = test[which]
     keys = [(cfg.seed, "picture", i) for i in range(cfg.G)]
-    traj, texts, grades = agrpo.write_answers(policy, [example], keys, cfg, cfg.how)
+    traj, _, grades = agrpo.write_answers(policy, [test[which]], keys, cfg, cfg.how)
     # A right one, and of those the one with the most to decide.
     row = max(range(len(keys)), key=lambda i: (grades[i].correct, traj.entropy[i].sum().item()))
-    about = ", ".join(f"{name} {value}" for name, value in example.items() if len(str(value)) < 30)
+    about = ", ".join(f"{name} {value}" for name, value in test[which].items()
+                      if len(str(value)) < 30)
     return policy, traj, row, f"one rollout   ({about}; reward {grades[row].reward:.0f})"
 
 
 @experiment("seconds", "--m 12 --k 4 --questions 1")
 def rollout(lab):
-    """One rollout as a grid: step x position, what each step drew and how likely it was, p_t, the
-    drawn steps with their weights."""
+    """One rollout as a grid: step x position, what each step drew and how likely it was, p_t,
+    the drawn steps with their weights."""
     cfg = lab.config()
     policy, traj, row, title = some_rollout(cfg)
     p = agrpo.timestep_probs(traj, cfg.follow)[row:row + 1]
     offset = agrpo.row_random([(cfg.seed, "picture")])(1, 1)
     _, steps, w = agrpo.sample_timesteps(p, cfg.k, offset)
     names = figures.token_names(policy, traj.o[row])
-    drawn = dict(zip(steps.tolist(), w.tolist()))
+    drawn, step_of = dict(zip(steps.tolist(), w.tolist())), traj.step_of[row].tolist()
+    p, logp = p[0].tolist(), agrpo.per_step(traj, traj.logp_old)[row].tolist()
     lab.say(title, " ".join(names))
     lab.table(("step", "drew", "log p", "p_t", "w"), *(
-        (t, " ".join(names[c] for c in range(cfg.C) if traj.step_of[row, c] == t),
-         f"{agrpo.per_step(traj, traj.logp_old)[row, t]:.2f}", f"{p[0, t]:.3f}", f"{drawn.get(t, 0):.2f}")
-        for t in range(cfg.m)))
-    lab.finish(plain=(lambda fig: figures.rollout_grid(fig, traj, row, names, p[0].tolist(), drawn, title), 4.2))
+        (t, " ".join(name for name, step in zip(names, step_of) if step == t),
+         f"{logp[t]:.2f}", f"{p[t]:.3f}", f"{drawn.get(t, 0):.2f}") for t in range(cfg.m)))
+    lab.finish(plain=(figures.rollout_grid(traj, row, names, p, drawn, title), 4.2))
 
 
 @experiment("seconds", "--m 4 --k 2 --questions 1")
@@ -755,49 +712,44 @@ def masks(lab):
     policy, traj, row, title = some_rollout(cfg)
     A = torch.ones(len(traj.o), dtype=torch.float64)
     rand = agrpo.row_random([(cfg.seed, "masks", i) for i in range(len(A))])
-    recipes = {"one-step: everything masked, everything scored": (estimators.one_step, cfg),
-               f"ELBO, k = {cfg.k}: random tokens masked and scored, weighed by L / l": (estimators.elbo, cfg),
-               f"AGRPO, all m = {cfg.m} steps: the states that were there, what each drew":
-                   (estimators.step_merge, replace(cfg, k=cfg.m))}
     strips = []
-    for name, (recipe, its) in recipes.items():
-        states = recipe(policy, traj, A, its, rand)
-        strips.append((name, states.hidden[row], states.w[row] / estimators.unit(traj)))
-        lab.say(name)
+    for recipe, k, about in (
+            (estimators.one_step, 1, "one-step: everything masked, everything scored"),
+            (estimators.elbo, cfg.k, f"ELBO, k = {cfg.k}: random tokens masked and scored, "
+                                     "weighed by L / l"),
+            (estimators.step_merge, cfg.m, f"AGRPO, its m = {cfg.m} steps: the states that "
+                                           "were there, the tokens that each drew")):
+        states = recipe(policy, traj, A, replace(cfg, k=k), rand)
+        strips.append((about, states.hidden[row], states.w[row] / estimators.unit(traj)))
+        lab.say(about)
         for hidden, w in zip(*strips[-1][1:]):
-            lab.say("    " + " ".join(f"{x:4.1f}" if x else " [M]" if h else "   ." for h, x in zip(hidden, w)))
+            cells = [f"{x:4.1f}" if x else " [M]" if h else "   ." for h, x in zip(hidden, w)]
+            lab.say("    " + " ".join(cells))
     names = figures.token_names(policy, traj.o[row])
-    lab.finish(plain=(lambda fig: figures.mask_strips(fig, strips, names), 3.6))
+    lab.finish(plain=(figures.mask_strips(strips, names), 3.6))
 
 
 def curves(argv):
-    """bash run.sh lab curves runs/countdown-0 runs/countdown-1 ...: the finished runs of each task
-    in one panel, seeds shaded."""
-    parser = agrpo.Parser(prog="bash run.sh lab curves", allow_abbrev=False, description=curves.__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="of finished runs; seeds are pooled")
+    """bash run.sh lab curves runs/countdown-0 runs/countdown-1 ...: the finished runs of each
+    task in one panel, seeds shaded."""
+    parser = agrpo.Parser(prog="bash run.sh lab curves", allow_abbrev=False,
+                          description=curves.__doc__)
+    parser.add_argument("folders", nargs="+", type=Path, help="of finished runs, seeds pooled")
     parser.add_argument("--figures", action="store_true", help="keep it in lab/figures too")
     parser.add_argument("--out", type=Path, default=Path("runs/lab"))
     args, panels = parser.parse_args(argv), {}
     for folder in args.folders:
         if not (folder / "summary.json").is_file():
-            raise agrpo.UserError(f"{folder} has no summary.json: curves wants folders of finished runs, "
-                                  "as runs/countdown-0")
+            raise agrpo.UserError(f"{folder} has no summary.json: curves wants folders of "
+                                  "finished runs, as runs/countdown-0")
         run = json.loads((folder / "summary.json").read_text())
         panels.setdefault(f"{run['task']}, m = {run['evals'][0]['m']}", []).append(run["evals"])
-
-    def draw(fig):
-        for ax, (title, runs) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-            x = [e["update"] for e in min(runs, key=len)]
-            y = np.array([np.interp(x, [e["update"] for e in run], [e["accuracy"] for e in run]) for run in runs])
-            figures.band(ax, x, y, figures.COLORS[1])
-            ax.axhline(y[:, 0].mean(), ls="--", lw=1, color=figures.FAINT)
-            ax.set(title=f"{title}, {len(runs)} seed(s); dashed: the base model", ylim=(0, 1),
-                   xlabel="update", ylabel="held-out accuracy")
     for folder in [args.out] + [ROOT / "lab" / "figures"] * args.figures:
-        figures.save(folder / "curves.png", draw, 3.0)
+        figures.save(folder / "curves.png", figures.run_curves(panels), 3.0)
     for title, runs in panels.items():
-        print(f"{title}: {spread([run[0]['accuracy'] for run in runs])} -> "
-              f"{spread([run[-1]['accuracy'] for run in runs])}, {len(runs)} seed(s): mean [lowest, highest]")
+        first, end = ([run[i]["accuracy"] for run in runs] for i in (0, -1))
+        print(f"{title}: {spread(first)} -> {spread(end)}, {len(runs)} seed(s): mean [lowest, "
+              "highest]")
     print(f"written: {args.out}/curves.png")
     return 0
 
@@ -809,12 +761,12 @@ def main(argv=None):
     if name not in EXPERIMENTS:
         print(__doc__)
         for each, (function, minutes, *_) in EXPERIMENTS.items():
-            print(f"  {each:<11} {minutes:<19} {' '.join(function.__doc__.split())[:84]}")
-        print("  curves      seconds             finished runs in one picture: lab curves runs/countdown-0 ...")
+            about = textwrap.shorten(function.__doc__, 82, placeholder=" ...")
+            print(f"  {each:<9} {minutes:<19} {about}")
+        print("  curves    seconds             finished runs in one picture: lab curves RUNS")
         print("\nTimes on 2 idle CPU cores.")
         return 0 if name in ("-h", "--help") else 2
-    lab = Lab(name, argv)
-    EXPERIMENTS[name][0](lab)
+    EXPERIMENTS[name][0](Lab(name, argv))
     return 0
 
 

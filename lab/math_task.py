@@ -371,7 +371,7 @@ def grade_math_batch(texts, examples):
     drafts = []
     for text, example in zip(texts, examples):
         found, gold = tasks.last_answer(text, box=True), math_gold(str(example["answer"]))
-        content = tasks.boxed_answer(found)[0] if found.content is not None else None
+        content = tasks.boxed_answer(found) if found.content is not None else None
         ordered = bool(ORDER.search(example.get("question") or ""))
         match = content is not None and plain(content) == plain(gold)
         reason = ("no answer" if found.content is None else "not one answer" if content is None

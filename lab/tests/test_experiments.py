@@ -98,7 +98,8 @@ def gradient(policy, estimate):
 
 
 def config(**more):
-    return SimpleNamespace(**{**dict(k=2, G=3, eps=0.2, micro_batch=50, follow="surprise"), **more})
+    return SimpleNamespace(**{**dict(k=2, G=3, eps=0.2, micro_batch=50, follow="surprise", beta=0.0,
+                              ratio_per="token"), **more})
 
 
 def close(a, b, tolerance=1e-9):
@@ -295,12 +296,12 @@ def test_wd1_and_tracerl_change_the_advantages():
 
 
 def test_tokens_after_the_first_eos_count_or_not():
-    traj = one_row([A_, EOS, B_, EOS], [0, 0, 1, 1], m=2)
+    traj = one_row([A_, EOS, B_, EOS], [0, 0, 1, 1], m=2, copies=2)
     counts = {eos: estimators.counted(Any_, traj, eos).int().tolist()[0] for eos in ("first", "all")}
     assert counts == {"first": [1, 1, 0, 0], "all": [1, 1, 1, 1]}
     for name, recipe in estimators.RECIPES.items():
         if name not in ("EGSPO", "wd1"):
-            w = recipe(Any_, traj, torch.ones(1).double(), config(k=2, G=1.5), agrpo.uniforms, eos="first").w
+            w = recipe(Any_, traj, torch.ones(2).double(), config(G=2), agrpo.uniforms, eos="first").w
             assert not w[..., 2:].any() and w[..., :2].any(), name
 
 
@@ -361,19 +362,19 @@ def test_an_experiment_prints_its_table_and_writes_its_files(name, tmp_path, cap
 
 
 def test_the_same_command_goes_on_where_it_was_stopped(tmp_path, capsys):
-    flags = ["k", *SMALL, "--out", str(tmp_path)]
+    flags = ["order", *SMALL, "--out", str(tmp_path)]
     first = lab(capsys, *flags)
-    lines = (tmp_path / "k.jsonl").read_text().splitlines()
-    (tmp_path / "k.jsonl").write_text("\n".join([*lines[:2], lines[2][:50]]))   # killed while writing
+    lines = (tmp_path / "order.jsonl").read_text().splitlines()
+    (tmp_path / "order.jsonl").write_text("\n".join([*lines[:2], lines[2][:50]]))   # killed while writing
     assert "not run" in lab(capsys, *flags, "--show")
-    assert len((tmp_path / "k.jsonl").read_text().splitlines()) == 3            # --show computes nothing
-    (tmp_path / "k.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:50] + "\n")
+    assert len((tmp_path / "order.jsonl").read_text().splitlines()) == 3            # --show computes nothing
+    (tmp_path / "order.jsonl").write_text("\n".join(lines[:2]) + "\n" + lines[2][:50] + "\n")
     again = lab(capsys, *flags)
     seconds_apart = [[row.rsplit(" ", 1)[0] for row in text.splitlines()] for text in (first, again)]
     assert seconds_apart[0] == seconds_apart[1]
-    n = len((tmp_path / "k.jsonl").read_text().splitlines())
+    n = len((tmp_path / "order.jsonl").read_text().splitlines())
     lab(capsys, *flags)
-    assert len((tmp_path / "k.jsonl").read_text().splitlines()) == n            # all was there
+    assert len((tmp_path / "order.jsonl").read_text().splitlines()) == n            # all was there
 
 
 def test_angles_tell_bias_from_variance():

@@ -1,51 +1,30 @@
-"""Models as users bring them: a folder in the hub's layout with weights, a tokenizer and Python code of its own.
+"""Models as users bring them: a folder with weights, a tokenizer and Python code of its own.
 
-The code below stands in for LLaDA's and Dream's: same names, same quirks, a few thousand random weights. It is written
-into a folder and loaded the way a real checkpoint is, through agrpo.main or agrpo.Policy and lab/models.py.
+The code below stands in for LLaDA's, Dream's, LLaDA2's and dLLM's A2D-Qwen3: the names and the
+quirks that a caller meets, a few thousand random weights. It is written into a folder and loaded
+the way a real checkpoint is, by agrpo.load_policy.
 """
-import contextlib
-import io
 import json
 import math
 import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-from types import SimpleNamespace
+import shutil
+import time
 
 import pytest
 import torch
 import transformers
 
 import agrpo
-import tasks
-from lab import make_tiny, models, plan
-from lab.cli import UserError
+from lab import make_tiny
 
-ROOT = Path(__file__).resolve().parents[2]
+# --- the models ---------------------------------------------------------------------------------
 
-# --- The models -------------------------------------------------------------------------------------------------------
-
-BOTH = '''
+COMMON = '''
 import torch, torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
-
-
-def rotated(x):                                      # (N, heads, L, width), rotary positions 0..L-1
-    L, half = x.shape[2], x.shape[3] // 2
-    angle = torch.arange(L)[:, None] / 100.0 ** (torch.arange(half) / half)
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], dim=-1).to(x.dtype)
-
-
-def attend(q, k, v, heads, mask, causal, dropout):
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    x = F.scaled_dot_product_attention(rotated(q), rotated(k), v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
-    return x.transpose(1, 2).flatten(2)
 
 
 class Norm(nn.Module):
@@ -54,59 +33,102 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x):
-        return (F.rms_norm(x.float(), x.shape[-1:]) * self.weight).to(x.dtype)
+        return (F.rms_norm(x, x.shape[-1:]) * self.weight).to(x.dtype)
+
+
+class Rotary(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def get_rotary_embedding(self, n, device):
+        width = self.config.d_model // self.config.n_heads
+        rate = 100.0 ** -(torch.arange(0, width, 2, device=device) / width)
+        angle = (torch.arange(n, device=device)[:, None] * rate).repeat(1, 2)
+        return angle.sin()[None, None], angle.cos()[None, None]
+
+    def apply_rotary_pos_emb(self, sin, cos, x):
+        a, b = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+    def forward(self, q, k):
+        sin, cos = (x.type_as(q) for x in self.get_rotary_embedding(k.shape[2], k.device))
+        n = k.shape[2] - q.shape[2]
+        return (self.apply_rotary_pos_emb(sin[:, :, n:], cos[:, :, n:], q),
+                self.apply_rotary_pos_emb(sin, cos, k))
+
+
+class Config(PretrainedConfig):
+    def __init__(self, d_model=32, n_layers=2, n_heads=2, embedding_size=0, vocab_size=0, use_cache=True,
+                 rope_full_precision=False, embedding_dropout=0.0, attention_dropout=0.0, hears_mask=True,
+                 causal=False, headless=False, **more):
+        super().__init__(use_cache=use_cache, **more)
+        self.d_model, self.n_layers, self.n_heads, self.vocab_size = d_model, n_layers, n_heads, vocab_size
+        self.embedding_size, self.rope_full_precision = embedding_size or vocab_size, rope_full_precision
+        self.embedding_dropout, self.attention_dropout = embedding_dropout, attention_dropout
+        self.hears_mask, self.causal, self.headless = hears_mask, causal, headless
 '''
 
-LLADA = BOTH + '''
-class LLaDAConfig(PretrainedConfig):
+LLADA = COMMON + '''
+class LLaDAConfig(Config):
     model_type = "llada"
 
-    def __init__(self, d_model=0, n_layers=0, n_heads=0, mlp_hidden_size=0, embedding_size=0, vocab_size=0,
-                 attention_dropout=0.0, use_cache=True, hears_mask=True, causal=False, headless=False, **more):
-        super().__init__(use_cache=use_cache, **more)
-        self.d_model, self.n_layers, self.n_heads, self.mlp_hidden_size = d_model, n_layers, n_heads, mlp_hidden_size
-        self.embedding_size, self.vocab_size, self.attention_dropout = embedding_size, vocab_size, attention_dropout
-        self.hears_mask, self.causal, self.headless = hears_mask, causal, headless
 
-
-class LLaDABlock(nn.Module):
+class LLaDABlock(nn.Module):                         # takes a past, though the model refuses one
     def __init__(self, c):
         super().__init__()
-        self.config = c
+        self.config, self.rotary_emb = c, Rotary(c)
         self.attn_norm, self.ff_norm = Norm(c.d_model), Norm(c.d_model)
         for name in ("q_proj", "k_proj", "v_proj", "attn_out"):
             setattr(self, name, nn.Linear(c.d_model, c.d_model, bias=False))
         for name in ("ff_proj", "up_proj"):
-            setattr(self, name, nn.Linear(c.d_model, c.mlp_hidden_size, bias=False))
-        self.ff_out = nn.Linear(c.mlp_hidden_size, c.d_model, bias=False)
+            setattr(self, name, nn.Linear(c.d_model, 2 * c.d_model, bias=False))
+        self.ff_out = nn.Linear(2 * c.d_model, c.d_model, bias=False)
 
-    def forward(self, x, mask):
+    def forward(self, x, attention_bias=None, layer_past=None, use_cache=False):
         c, y = self.config, self.attn_norm(x)
-        x = x + self.attn_out(attend(self.q_proj(y), self.k_proj(y), self.v_proj(y), c.n_heads, mask, c.causal,
-                                     c.attention_dropout if self.training else 0.0))
+        q, k, v = (proj(y).unflatten(-1, (c.n_heads, -1)).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if layer_past is not None:
+            k, v = (torch.cat(pair, dim=2) for pair in zip(layer_past, (k, v)))
+        present = (k, v) if use_cache else None
+        n, K = q.shape[2], k.shape[2]
+        q, k = self.rotary_emb(q, k)
+        if attention_bias is not None:
+            attention_bias = attention_bias[:, :, K - n:K, :K].to(q.dtype)
+            attention_bias = attention_bias.clamp(min=torch.finfo(q.dtype).min)
+        y = F.scaled_dot_product_attention(q, k, v, attention_bias, is_causal=c.causal,
+                                           dropout_p=c.attention_dropout if self.training else 0.0)
+        x = x + self.attn_out(y.transpose(1, 2).flatten(2))
         y = self.ff_norm(x)
-        return x + self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y))
+        return x + self.ff_out(F.silu(self.ff_proj(y)) * self.up_proj(y)), present
 
 
 class LLaDAModel(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.config, self.strategy = c, None
+        self.config, self.activation_checkpointing_strategy = c, None
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(c.embedding_size, c.d_model), blocks=nn.ModuleList(LLaDABlock(c) for _ in range(c.n_layers)),
-            ln_f=Norm(c.d_model), ff_out=nn.Linear(c.d_model, c.embedding_size, bias=False)))
+            wte=nn.Embedding(c.embedding_size, c.d_model), emb_drop=nn.Dropout(c.embedding_dropout),
+            blocks=nn.ModuleList(LLaDABlock(c) for _ in range(c.n_layers)), ln_f=Norm(c.d_model),
+            ff_out=nn.Linear(c.d_model, c.embedding_size, bias=False)))
 
     def set_activation_checkpointing(self, strategy):
-        self.strategy = strategy
+        self.activation_checkpointing_strategy = strategy
+
+    def _activation_checkpoint_fn(self, block, *args, **more):
+        return checkpoint(block, *args, use_reentrant=False, **more)
 
     def forward(self, ids, mask):
-        x = self.transformer.wte(ids)
-        if mask is not None and self.config.hears_mask and not self.config.causal and (mask == 0).any():
-            mask = torch.where(mask.bool(), 0.0, torch.finfo(x.dtype).min)[:, None, None, :].to(x.dtype)
-        else:
-            mask = None
+        x, bias = self.transformer.emb_drop(self.transformer.wte(ids)), None
+        if mask is not None and self.config.hears_mask and (mask == 0).any():
+            bias = torch.where(mask.bool(), 0.0, torch.finfo(torch.float32).min)
+            bias = bias[:, None, None, :].expand(-1, -1, mask.shape[1], -1)
         for block in self.transformer.blocks:
-            x = checkpoint(block, x, mask, use_reentrant=False) if self.strategy == "whole_layer" else block(x, mask)
+            if self.activation_checkpointing_strategy:
+                x, _ = self._activation_checkpoint_fn(block, x, attention_bias=bias)
+            else:
+                x, _ = block(x, attention_bias=bias)
         return self.transformer.ff_out(self.transformer.ln_f(x))
 
 
@@ -116,10 +138,9 @@ class LLaDAModelLM(PreTrainedModel):                 # no post_init, as in the o
     def __init__(self, config):
         super().__init__(config)
         self.model = LLaDAModel(config)
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
 
     def forward(self, input_ids, attention_mask=None, use_cache=None):       # no position_ids
-        assert not (self.config.use_cache if use_cache is None else use_cache), "The kvcache is not supported for MDM."
+        assert not (self.config.use_cache if use_cache is None else use_cache), "no cache for MDM"
         return MaskedLMOutput(logits=self.model(input_ids, attention_mask))
 
     def get_input_embeddings(self):
@@ -132,51 +153,38 @@ class LLaDAModelLM(PreTrainedModel):                 # no post_init, as in the o
         pass
 '''
 
-DREAM = BOTH + '''
-class DreamConfig(PretrainedConfig):
+DREAM = COMMON + '''
+class DreamConfig(Config):
     model_type = "Dream"
 
-    def __init__(self, hidden_size=0, num_hidden_layers=0, num_attention_heads=1, num_key_value_heads=1,
-                 intermediate_size=0, vocab_size=0, attention_dropout=0.0, tie_word_embeddings=False, **more):
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **more)
-        self.hidden_size, self.num_hidden_layers, self.vocab_size = hidden_size, num_hidden_layers, vocab_size
-        self.num_attention_heads, self.num_key_value_heads = num_attention_heads, num_key_value_heads
-        self.intermediate_size, self.attention_dropout = intermediate_size, attention_dropout
 
-
-class DreamAttention(nn.Module):
-    def __init__(self, c):
+class Mixture(nn.Module):                            # as LLaDA2's: no gradient in eval mode
+    def __init__(self, d):
         super().__init__()
-        d, kv = c.hidden_size, c.hidden_size * c.num_key_value_heads // c.num_attention_heads
-        self.heads, self.groups = c.num_attention_heads, c.num_attention_heads // c.num_key_value_heads
-        self.attention_dropout = c.attention_dropout
-        self.q_proj, self.o_proj = nn.Linear(d, d), nn.Linear(d, d, bias=False)
-        self.k_proj, self.v_proj = nn.Linear(d, kv), nn.Linear(d, kv)
-
-    def forward(self, x, mask):
-        k, v = (proj(x).repeat(1, 1, self.groups) for proj in (self.k_proj, self.v_proj))
-        return self.o_proj(attend(self.q_proj(x), k, v, self.heads, mask, False,
-                                  self.attention_dropout if self.training else 0.0))
-
-
-class DreamMLP(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.gate_proj, self.up_proj = (nn.Linear(c.hidden_size, c.intermediate_size, bias=False) for _ in range(2))
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate = nn.Linear(d, 2, bias=False)
+        self.experts = nn.ModuleList(nn.Linear(d, d, bias=False) for _ in range(2))
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
+            y = torch.stack([expert(x) for expert in self.experts])
+        return torch.einsum("end,ne->nd", y.flatten(1, -2), self.gate(x).flatten(0, -2).softmax(-1)).view_as(x)
 
 
 class DreamDecoderLayer(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.self_attn, self.mlp = DreamAttention(c), DreamMLP(c)
-        self.input_layernorm, self.post_attention_layernorm = Norm(c.hidden_size), Norm(c.hidden_size)
+        self.config, self.rotary = c, Rotary(c)
+        self.input_layernorm, self.post_attention_layernorm = Norm(c.d_model), Norm(c.d_model)
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, nn.Linear(c.d_model, c.d_model, bias=name != "o_proj"))
+        self.mlp = Mixture(c.d_model)
 
     def forward(self, x, mask):
-        x = x + self.self_attn(self.input_layernorm(x), mask)
+        c, y = self.config, self.input_layernorm(x)
+        q, k, v = (proj(y).unflatten(-1, (c.n_heads, -1)).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        y = F.scaled_dot_product_attention(*self.rotary(q, k), v, mask)
+        x = x + self.o_proj(y.transpose(1, 2).flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -191,12 +199,12 @@ class DreamPreTrainedModel(PreTrainedModel):
         return model
 
 
-class DreamBaseModel(DreamPreTrainedModel):
+class DreamBaseModel(DreamPreTrainedModel):          # what a careless auto_map names: no head
     def __init__(self, c):
         super().__init__(c)
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.layers, self.norm = nn.ModuleList(DreamDecoderLayer(c) for _ in range(c.num_hidden_layers)), Norm(c.hidden_size)
-        self.gradient_checkpointing = False
+        self.embed_tokens = nn.Embedding(c.embedding_size, c.d_model)
+        self.layers = nn.ModuleList(DreamDecoderLayer(c) for _ in range(c.n_layers))
+        self.norm, self.gradient_checkpointing = Norm(c.d_model), False
         self.post_init()
 
     def forward(self, ids, mask):
@@ -208,12 +216,10 @@ class DreamBaseModel(DreamPreTrainedModel):
 
 
 class DreamModel(DreamPreTrainedModel):
-    _tied_weights_keys = ["lm_head.weight"]
-
     def __init__(self, config):
         super().__init__(config)
         self.model = DreamBaseModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.d_model, config.embedding_size, bias=False)
         self.post_init()
 
     def forward(self, input_ids, attention_mask=None):
@@ -228,37 +234,64 @@ class DreamModel(DreamPreTrainedModel):
         return self.lm_head
 '''
 
-
-V4 = int(transformers.__version__.split(".")[0]) < 5  # Dream's code, and so its double here, needs it
-SIZES = (dict(d_model=32, n_layers=2, n_heads=2, mlp_hidden_size=96, embedding_size=len(make_tiny.make_tokenizer())),
-         dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, intermediate_size=96))
+A2D = '''
+import torch, transformers
 
 
-def folder_of(where, code, config, change=lambda weights: None):
-    """A checkpoint in the hub's layout: the code's config and model class, random weights that `change` may edit."""
+class A2DQwen3Config(transformers.Qwen3Config):
+    model_type = "a2d-qwen3"
+
+
+class A2DQwen3Model(transformers.Qwen3Model):
+    def forward(self, input_ids, attention_mask=None, **more):
+        if attention_mask.dim() == 2:                # all but padding is seen
+            attention_mask = attention_mask[:, None, None, :].bool()
+            attention_mask = attention_mask.expand(-1, -1, input_ids.shape[1], -1)
+        return super().forward(input_ids, attention_mask=attention_mask, **more)
+
+
+class A2DQwen3LMHeadModel(transformers.Qwen3ForCausalLM):
+    config_class = A2DQwen3Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = A2DQwen3Model(config)
+        self.post_init()
+'''
+
+CODE = {                               # text of the module, prefix of the config, classes with and without head
+    "llada": (LLADA, "LLaDAConfig", "LLaDAModelLM", "LLaDAModelLM"),
+    "dream": (DREAM, "DreamConfig", "DreamModel", "DreamBaseModel"),
+    "a2d": (A2D, "A2DQwen3Config", "A2DQwen3LMHeadModel", "A2DQwen3Model"),
+}
+QWEN = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+            intermediate_size=64)
+
+
+def folder_of(where, kind, change=lambda weights: None, **config):
+    """A checkpoint in the hub's layout, of random weights that `change` may edit."""
     from safetensors.torch import save_file
 
+    code, config_class, model_class, headless = CODE[kind]
     where.mkdir(parents=True)
     tokenizer = make_tiny.make_tokenizer()
-    prefix, model_class, sizes = ("LLaDA", "LLaDAModelLM", SIZES[0]) if code is LLADA else ("Dream", "DreamModel", SIZES[1])
+    scope = {"__name__": "built"}
+    exec(code, scope)
     config = dict(
-        model_type="llada" if code is LLADA else "Dream", architectures=[model_class],
-        auto_map={"AutoConfig": f"modeling.{prefix}Config", "AutoModel": f"modeling.{model_class}"}, **sizes,
-        vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id, **config)
+        dict(model_type=scope[config_class].model_type, architectures=[model_class],
+             auto_map=dict(AutoConfig=f"modeling.{config_class}", AutoModel=f"modeling.{headless}"),
+             vocab_size=len(tokenizer), mask_token_id=tokenizer.mask_token_id,
+             eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id),
+        **(QWEN if kind == "a2d" else {}), **config)
     (where / "modeling.py").write_text(code)
     (where / "config.json").write_text(json.dumps(config))
     tokenizer.save_pretrained(where)
-    scope = {"__name__": "built"}
-    exec(code, scope)
     torch.manual_seed(0)
-    model = scope[model_class](scope[f"{prefix}Config"](**config))
+    model = scope[model_class](scope[config_class](**config))
     for p in model.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=0.2)
     weights = {name: p.detach().clone() for name, p in model.state_dict().items()}
-    if config.get("tie_word_embeddings"):
-        del weights["lm_head.weight"]
     change(weights)
     save_file(weights, where / "model.safetensors", metadata={"format": "pt"})
     return str(where)
@@ -275,6 +308,28 @@ def modernbert(where, **config):
     return str(where)
 
 
+def policy_of(model, *flags, trust=True, loud=True, **changes):
+    """A Policy by load_policy, LoRA's second matrices not zero (zero, as at first, they hide much)."""
+    argv = ["--model", model, "--device", "cpu", "--lora_r", "4", *flags]
+    cfg = agrpo.parse(argv + ["--trust_remote_code"] * trust)
+    for name, value in changes.items():
+        setattr(cfg, name, value)
+    policy = agrpo.load_policy(cfg)
+    torch.manual_seed(1)
+    for name, p in policy.model.named_parameters():
+        if "lora_B" in name and loud:
+            torch.nn.init.normal_(p, std=0.1)
+    return policy
+
+
+def refusal(model, *flags, **more):
+    with pytest.raises(agrpo.UserError) as e:
+        policy_of(model, *flags, **more)
+    sentence = str(e.value)
+    assert "\n" not in sentence and f"--model {model}" in sentence
+    return sentence
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_code_goes_elsewhere(tmp_path_factory):
     """transformers copies a checkpoint's code into a cache; not into the user's."""
@@ -282,230 +337,304 @@ def own_code_goes_elsewhere(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        patch.setattr(models, "hub_answers", lambda hub: False)
         yield
+
+
+class Shelf(dict):
+    """Folders of models, made when first asked for."""
+    makers = dict(
+        llada=lambda where: folder_of(where, "llada"),
+        deaf=lambda where: folder_of(where, "llada", hears_mask=False),
+        dream=lambda where: folder_of(where, "dream"),
+        a2d=lambda where: folder_of(where, "a2d"),
+        tied=lambda where: folder_of(where, "a2d", lambda w: w.pop("lm_head.weight"),
+                                     tie_word_embeddings=True),
+        modernbert=modernbert)
+
+    def __init__(self, where):
+        self.where = where
+
+    def __missing__(self, kind):
+        self[kind] = self.makers[kind](self.where / kind)
+        return self[kind]
 
 
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory):
-    where = tmp_path_factory.mktemp("shelf")
-    dreams = dict(dream=folder_of(where / "dream", DREAM, {}),
-                  dream_tied=folder_of(where / "dream_tied", DREAM, dict(tie_word_embeddings=True))) if V4 else {}
-    return dict(
-        dreams, llada=folder_of(where / "llada", LLADA, {}),
-        llada_deaf=folder_of(where / "llada_deaf", LLADA, dict(hears_mask=False)), modernbert=modernbert(where / "modernbert"))
+    return Shelf(tmp_path_factory.mktemp("shelf"))
 
 
 def each(*kinds):
-    return pytest.mark.parametrize("kind", [kind for kind in kinds if V4 or "dream" not in kind])
+    return pytest.mark.parametrize("kind", kinds)
 
 
-needs_dream = pytest.mark.skipif(not V4, reason="Dream needs transformers 4")
+def prompts(policy, lengths=(9, 5)):
+    """q, q_mask of numbers, left-padded."""
+    P = max(lengths)
+    q = torch.tensor([[policy.pad_id] * (P - n) + list(range(20, 20 + n)) for n in lengths])
+    return q, torch.tensor([[0] * (P - n) + [1] * n for n in lengths])
 
 
-def config(model, **flags):
-    return SimpleNamespace(**dict(dict(
-        model=model, revision=None, trust_remote_code=True, load_in_4bit=False, dtype="float32", device="cpu", seed=0, lora_r=4,
-        lora_alpha=4, activation_checkpointing=False, adapter=None), **flags))
+HOW = agrpo.Decoding(C=6, m=3, block_length=6)
 
 
-def policy_of(model, adapters=False, **flags):
-    """A Policy by the path of agrpo.run, and the lines for the log."""
-    cfg = config(model, **flags)
-    policy = agrpo.Policy(*models.load_model(cfg), cfg.device)
-    lines = models.preflight(policy, list(range(10, 22)))
-    if adapters:
-        lines += models.add_adapters(policy, cfg)
-        torch.manual_seed(1)
-        for name, p in policy.model.named_parameters():
-            if "lora_B" in name:                     # zero at first: LoRA would change nothing
-                torch.nn.init.normal_(p, std=0.1)
-    return policy, " | ".join(lines)
+def add_gradient(policy, how=HOW, **more):
+    """A rollout of two prompts and the gradient of all of its pairs. -> trajectory, Seen"""
+    q, q_mask = prompts(policy)
+    traj = agrpo.rollout(policy, q, q_mask, how, agrpo.row_random([(0, 0), (0, 1)]))
+    rows, steps = (agrpo.timestep_probs(traj, "uniform") > 0).nonzero().unbind(1)
+    pairs = rows, steps, torch.ones(len(rows))
+    A = torch.tensor([1.0, -0.5])
+    return traj, agrpo.add_gradient(policy, traj, A, pairs, micro_batch=4, **more)
 
 
-def refusal(model, **flags):
-    with pytest.raises(UserError) as e:
-        policy_of(model, **flags)
-    sentence = str(e.value)
-    assert "\n" not in sentence and f"--model {model}" in sentence
-    return sentence
+def trained(policy):
+    return {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
 
 
-# --- The whole loop ---------------------------------------------------------------------------------------------------
+# --- one update, on every kind ------------------------------------------------------------------
+
+LORA = {"llada": 14, "deaf": 14, "dream": 8, "a2d": 14, "tied": 14, "modernbert": 16}
 
 
-@pytest.fixture
-def even(monkeypatch):
-    """A task that random weights solve now and then, with prompts of several lengths."""
-    def grade(text, example):
-        numbers = [int(word) for word in text.split() if word.isdigit()]
-        share = sum(n % 2 == 0 for n in numbers) / max(len(numbers), 1)
-        return tasks.Grade(share, share > 0.6, 1.0, "even numbers", text[:20])
-
-    def make(seed, index, split, **options):
-        return dict(start=seed + index, length=3 + index % 4)
-
-    prompt = lambda x: [dict(role="user", content=" ".join(map(str, range(x["start"] % 90, x["start"] % 90 + x["length"]))))]
-    monkeypatch.setitem(tasks.TASKS, "even", tasks.Task("even", prompt, grade, None, make=make))
+@each(*LORA)
+def test_the_ratio_is_one_and_every_adapter_learns(kind, shelf):
+    policy = policy_of(shelf[kind], trust=kind != "modernbert")
+    _, seen = add_gradient(policy)
+    assert (seen.ratio - 1).abs().max() < 1e-5
+    adapters = trained(policy)
+    assert len(adapters) == 2 * LORA[kind] and all("lora_" in name for name in adapters)
+    assert not any("head" in name or "transformer.ff_out" in name for name in adapters)
+    assert all(p.grad.abs().max() > 0 for p in adapters.values())
+    assert f"LoRA on {LORA[kind]} layers" in policy.notes[1]
 
 
-def run(out, model, *flags):
-    """Two updates by agrpo.main. -> (exit code, console, metrics)"""
-    console, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(console), contextlib.redirect_stderr(errors):
-        code = agrpo.main(["--task", "even", "--device", "cpu", "--model", model, "--out", str(out), "--updates", "2",
-                           "--questions", "4", "--G", "4", "--C", "8", "--m", "4", "--k", "2", "--eval_n", "6", "--steps", "4",
-                           "--rollout_batch", "8", "--micro_batch", "6", *flags])
-    assert code == 0, errors.getvalue()
-    return " ".join(console.getvalue().split()), [json.loads(line) for line in open(Path(out) / "metrics.jsonl")]
-
-
-EXPECTED = {
-    "llada": ("attention mask: 2d", "is predicted at i;", "14 linear layers, 7 in each of 2 blocks (q_proj k_proj v_proj "
-              "attn_out ff_proj up_proj ff_out), not on the head"),
-    "llada_deaf": ("prompts of one length only", "14 linear layers"),
-    "dream": ("attention mask: 4d", "is predicted at i - 1", "14 linear layers, 7 in each of 2 blocks (q_proj o_proj k_proj "
-              "v_proj gate_proj up_proj down_proj), not on the head"),
-    "dream_tied": ("attention mask: 4d", "14 linear layers"),
-    "modernbert": ("attention mask: 2d", "16 linear layers, 4 in each of 4 blocks"),
-}
-
-
-@each(*EXPECTED)
-def test_the_whole_loop_runs_on(kind, shelf, even, tmp_path):
-    own = [] if kind == "modernbert" else ["--trust_remote_code"]
-    console, metrics = run(tmp_path / "run", shelf[kind], *own)
-    for part in EXPECTED[kind] + (("its own Python code runs (--trust_remote_code)",) if own else ()):
-        assert part.replace(";", "") in console
-    assert len(metrics) == 2 and all(x["grad_norm"] > 0 for x in metrics)
-    assert float(re.search(r"max\|ratio - 1\|\D+([\d.e+-]+)", console)[1]) < 1e-3
-    trained = int(re.search(r"([\d,]+) of [\d,]+ parameters are trained", console)[1].replace(",", ""))
-    assert trained == sum(p.numel() for p in load_adapter_file(tmp_path / "run"))
-
-
-def load_adapter_file(folder):
-    from safetensors.torch import load_file
-    return load_file(folder / "adapter" / "adapter_model.safetensors").values()
-
-
-@each("llada", "dream_tied")
-def test_below_float32_with_recomputed_activations_and_the_adapter_evaluates(kind, shelf, even, tmp_path):
-    how = ["--trust_remote_code", "--dtype", "bfloat16"]
-    console, metrics = run(tmp_path / "run", shelf[kind], *how, "--activation_checkpointing")
-    assert all(x["grad_norm"] > 0 for x in metrics)
-    evaluation = io.StringIO()
-    with contextlib.redirect_stdout(evaluation):
-        assert agrpo.main(["--task", "even", "--device", "cpu", "--mode", "eval", "--model", shelf[kind], *how, "--C", "8", "--m", "4",
-                           "--adapter", str(tmp_path / "run" / "adapter"), "--eval_n", "6", "--steps", "4",
-                           "--out", str(tmp_path / "eval")]) == 0
-    final = json.loads((tmp_path / "run" / "summary.json").read_text())["final"]
-    found = json.loads((tmp_path / "eval" / "eval.json").read_text())["results"]
-    assert [x["accuracy"] for x in found] == [x["accuracy"] for x in final]
-
-
-# --- The head on chosen rows ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("adapters", [False, True], ids=["base", "lora"])
-@each("llada", "dream", "dream_tied", "modernbert")
+@each(*LORA)
 @torch.no_grad()
-def test_the_head_on_chosen_rows_changes_no_digit(kind, adapters, shelf):
-    policy, _ = policy_of(shelf[kind], adapters)
-    ids, rows, seen = torch.randint(5, 100, (3, 14)), torch.tensor([2, 9, 17, 30, 41]), []
-    head = policy.model.get_output_embeddings()
-    with head.register_forward_hook(lambda layer, args, out: seen.append(args[0])):
-        chosen = policy(ids, torch.ones_like(ids), rows)
-        policy.hook.remove()
-        full = policy.model(input_ids=ids).logits.flatten(0, 1)[rows - policy.shift]
-    here, everywhere = seen
-    assert len(here) == 5 and chosen.dtype == torch.float32
-    assert torch.equal(here, everywhere.flatten(0, 1)[rows - policy.shift]) and torch.equal(chosen, head(here))
-    assert (chosen - full).abs().max() < 1e-6        # a matrix product may round differently with another number of rows
+def test_padding_changes_nothing(kind, shelf):
+    """For the model that ignores its mask: because rows go without padding."""
+    policy = policy_of(shelf[kind], trust=kind != "modernbert")
+    assert policy.ignores_mask == (kind == "deaf")
+    q, q_mask = prompts(policy)
+    at = torch.arange(6, 9)[None]
+    both = policy(q, q_mask, at.expand(2, -1))
+    alone = policy(q[1:, 4:], q_mask[1:, 4:], at - 4)
+    assert (both[1] - alone[0]).abs().max() < 1e-5
+    assert ("one length at a time" in policy.notes[0]) == (kind == "deaf")
 
 
-@each("llada", "dream_tied", "modernbert")
-def test_the_head_of_a_bfloat16_model_is_float32_and_its_embedding_is_not(kind, shelf):
-    policy, lines = policy_of(shelf[kind], adapters=True, dtype="bfloat16")
-    head, embedding = policy.model.get_output_embeddings(), policy.model.get_input_embeddings()
-    assert head.weight.dtype == torch.float32 and embedding.weight.dtype == torch.bfloat16
-    assert torch.equal(head.weight.bfloat16(), embedding.weight) or kind == "llada"
-    assert {p.dtype for p in policy.model.parameters() if p.requires_grad} == {torch.float32}
-    assert "attention mask: " + ("4d" if "dream" in kind else "2d") in lines         # bf16's noise is not taken for deafness
-    logits = policy(torch.arange(10, 20)[None], torch.ones(1, 10, dtype=torch.long), torch.arange(1, 9))
-    assert not torch.equal(logits, logits.bfloat16().float())
+@each("llada", "dream", "tied", "modernbert")
+@torch.no_grad()
+def test_the_head_on_chosen_rows_changes_no_logit(kind, shelf):
+    policy = policy_of(shelf[kind], trust=kind != "modernbert")
+    ids, at = torch.randint(5, 60, (3, 14)), torch.tensor([[2, 9], [5, 13], [1, 2]])
+    chosen = policy(ids, torch.ones_like(ids), at)
+    policy.positions = torch.arange(14).expand(3, -1)           # now the hook hands on everything
+    mask = torch.ones(3, 1, 1, 14, dtype=torch.bool) if kind == "dream" else torch.ones_like(ids)
+    full = policy.model(input_ids=ids, attention_mask=mask).logits
+    shift = 1 if kind == "dream" else 0
+    assert policy.shift == shift and chosen.shape == (3, 2, full.shape[-1])
+    expected = full[torch.arange(3)[:, None], at - shift]
+    assert (chosen - expected).abs().max() < 1e-6
 
 
-@needs_dream
-def test_an_adapter_that_adapts_the_head_as_well_still_gets_chosen_rows(shelf, tmp_path):
-    from peft import LoraConfig, get_peft_model
+@each("llada", "dream", "a2d", "modernbert")
+def test_recomputed_activations_change_no_gradient(kind, shelf):
+    grads, kept = [], []
+    for flags in ([], ["--recompute"]):
+        policy = policy_of(shelf[kind], *flags, trust=kind != "modernbert")
+        seen = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t.nbytes) or t, lambda t: t):
+            add_gradient(policy)
+        grads.append({name: p.grad for name, p in trained(policy).items()})
+        kept.append(sum(seen))
+    assert kept[1] < kept[0] / 2
+    for name, g in grads[0].items():
+        assert torch.equal(g, grads[1][name])
 
-    cfg = config(shelf["dream"], adapter=str(tmp_path))
-    theirs = get_peft_model(models.load_model(cfg)[0], LoraConfig(r=2, target_modules=["q_proj", "lm_head"],
-                                                                  init_lora_weights=False))
-    theirs.save_pretrained(tmp_path)
-    policy = agrpo.Policy(*models.load_model(cfg))
-    models.preflight(policy, list(range(10, 22)))
-    models.load_adapter(policy, cfg)
-    ids, rows = torch.randint(5, 100, (2, 9)), torch.tensor([3, 12])
+
+def difference_quotient(policy, how=HOW, step=1, h=1e-6):
+    """Along one direction: the change of log pi, summed over one step of a trajectory, and what the
+    gradient says of it."""
+    traj, _ = add_gradient(policy, how)
+    rows = (traj.step_of == step).any(dim=1).nonzero()[:, 0]
+    params = list(trained(policy).values())
+    for p in params:
+        p.grad = None
+
+    def log_pi():
+        logp, _ = agrpo.step_logprobs(policy, traj, rows, torch.full_like(rows, step))
+        return logp.sum()
+
+    log_pi().backward()
+    direction = [torch.randn_like(p) for p in params]
+    slope = sum((p.grad * d).sum().item() for p, d in zip(params, direction))
+    ends = []
     with torch.no_grad():
-        difference = policy(ids, torch.ones_like(ids), rows) - theirs(input_ids=ids).logits.flatten(0, 1)[rows - 1]
-    assert difference.abs().max() < 1e-6
+        for move in (h, -2 * h):
+            for p, d in zip(params, direction):
+                p += move * d
+            ends.append(log_pi().item())
+    return (ends[0] - ends[1]) / (2 * h), slope
 
 
-@pytest.mark.parametrize("how", [["--dtype", "bfloat16"], ["--load_in_4bit"]])
-def test_all_weights_are_trained_in_float32_or_not_at_all(how, shelf):
-    with pytest.raises(UserError, match="add --dtype float32, or keep LoRA"):
-        agrpo.configure(["--model", shelf["llada"], "--lora_r", "0", "--device", "cpu", *how])
-
-
-# --- What the model does with its inputs ------------------------------------------------------------------------------
-
-
-def test_a_model_that_ignores_its_mask_gets_prompts_of_one_length(shelf, even):
-    policy, lines = policy_of(shelf["llada_deaf"])
-    assert policy.ignores_mask and "one length only" in lines
-    data = tasks.load("even", "train", size=9)
-    batches = list(policy.batches([policy.encode("even", data[i]) for i in range(9)], rows=8, copies=2))
-    assert all(batch.q_mask.all() for batch in batches)
-    assert len(batches) == 4                         # as few as can be: the prompts have four lengths
+@each("llada", "dream")
+def test_the_gradient_is_that_of_the_function(kind, shelf):
+    """Dream's double has experts without gradient in eval mode, as LLaDA2 has: 8 % off, in silence."""
+    policy = policy_of(shelf[kind], dtype="float64")
+    policy.model.double()
+    quotient, slope = difference_quotient(policy)
+    assert slope == pytest.approx(quotient, rel=1e-6)
+    if kind == "dream":
+        policy.model.eval()
+        quotient, slope = difference_quotient(policy)
+        assert slope != pytest.approx(quotient, rel=1e-3)
 
 
 @each("llada", "dream", "modernbert")
-def test_padding_in_a_mixed_batch_changes_nothing(kind, shelf):
-    policy, _ = policy_of(shelf[kind])
-    prompts = [list(range(20, 31)), list(range(40, 45))]
-    both, alone = policy.pad(prompts), policy.pad(prompts[1:])
-    a = policy(both.q, both.q_mask, torch.arange(17, 22))
-    b = policy(alone.q, alone.q_mask, torch.arange(0, 5))
-    assert (a - b)[1:].abs().max() < 1e-5            # [0] has no position before it to be predicted at, if shifted
+def test_train_mode_brings_no_dropout(kind, tmp_path):
+    """Else rollout and loss would be two functions."""
+    rates = dict(embedding_dropout=0.5, attention_dropout=0.5)
+    if kind == "modernbert":
+        model = modernbert(tmp_path / kind, mlp_dropout=0.5, **rates)
+    else:
+        model = folder_of(tmp_path / kind, kind, **rates)
+    policy = policy_of(model, trust=kind != "modernbert")
+    assert policy.model.training
+    _, seen = add_gradient(policy)
+    assert (seen.ratio - 1).abs().max() < 1e-5
 
 
-@needs_dream
-def test_a_model_may_mask_out_whole_rows_of_attention(shelf, monkeypatch):
-    """Some copies of Dream's code do that to a 2D mask, and give NaN at the padding: then the 4D mask is the one."""
-    policy, _ = policy_of(shelf["dream"])
-    forward = type(policy.model).forward
+# --- 16 bits ------------------------------------------------------------------------------------
 
-    def outer(self, input_ids, attention_mask=None):
-        if attention_mask is not None and attention_mask.dim() == 2:
-            out = forward(self, input_ids)
-            out.logits[(attention_mask == 0).any(dim=1)] = math.nan
-            return out
-        return forward(self, input_ids, attention_mask)
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Records the dtypes and sizes of every linear layer's product."""
 
-    monkeypatch.setattr(type(policy.model), "forward", outer)
-    policy.hook_head()
-    models.preflight(policy, list(range(10, 22)))
-    assert policy.mask_kind == "4d" and not policy.ignores_mask
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            self.seen.append((args[-2].dtype, args[-1].dtype, tuple(args[-1].shape)))
+        return op(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.seen = []
+        return super().__enter__()
 
 
-def test_a_causal_model_is_refused(shelf, tmp_path):
-    assert "is causal" in refusal(folder_of(tmp_path / "left", LLADA, dict(causal=True)))
-    tiny = transformers.LlamaConfig(vocab_size=120, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                    num_attention_heads=2)
-    transformers.LlamaForCausalLM(tiny).save_pretrained(tmp_path / "llama")
+@each("llada", "tied")
+def test_16_bit_bases_multiply_in_16_bits_and_the_head_in_32(kind, shelf):
+    policy = policy_of(shelf[kind], "--dtype", "bfloat16")
+    head, embedding = policy.model.get_output_embeddings(), policy.model.get_input_embeddings()
+    assert head.weight.dtype == torch.float32 and embedding.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in trained(policy).values()} == {torch.float32}
+    ids = torch.arange(20, 34).view(2, 7)
+    with Products() as products:
+        logits = policy(ids, torch.ones_like(ids), torch.tensor([[1, 2, 3]] * 2))
+    V = logits.shape[-1]
+    assert logits.dtype == torch.float32
+    for a, b, shape in products.seen:
+        expected = torch.float32 if V in shape else torch.bfloat16
+        assert a == b == expected, shape
+    assert len(products.seen) >= 14 * 3 + 1          # base, lora_A and lora_B of each layer; the head
+    assert not torch.equal(logits, logits.bfloat16().float())
+    _, seen = add_gradient(policy)
+    assert (seen.ratio - 1).abs().max() < 1e-3
+
+
+def test_bfloat16_gradients_are_near_those_of_float32(shelf):
+    grads = []
+    for dtype in ("float32", "bfloat16"):
+        policy = policy_of(shelf["llada"], "--dtype", dtype)
+        torch.manual_seed(2)
+        ids = torch.randint(20, 60, (4, 12))
+        logits = policy(ids, torch.ones_like(ids), torch.tensor([[3, 7]] * 4))
+        logits.log_softmax(-1)[..., 30].sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in trained(policy).values()]))
+    assert torch.cosine_similarity(*grads, dim=0) > 0.999
+
+
+# --- ids ----------------------------------------------------------------------------------------
+
+def test_ids_without_a_token_and_the_mask_are_never_drawn(tmp_path):
+    n = len(make_tiny.make_tokenizer())
+
+    def likely(weights):                             # ids beyond the tokenizer would win every draw
+        weights["model.transformer.ff_out.weight"][n:] *= 100
+
+    policy = policy_of(folder_of(tmp_path / "more", "llada", likely, embedding_size=n + 20))
+    assert policy.never_ids == {policy.mask_id, *range(n, n + 20)}
+    traj, _ = add_gradient(policy)
+    assert traj.o.max() < n and (traj.o != policy.mask_id).all()
+    assert all(isinstance(text, str) for text in policy.decode(traj.o))
+
+
+def test_padding_fills_as_eos_does(shelf):
+    """dLLM's Qwen3 ends a turn by <|im_end|> and fills by <|endoftext|>, its padding."""
+    policy = policy_of(shelf["llada"])
+    policy.pad_id, policy.fill_ids = 7, {policy.eos_id, 7}
+    head = policy.model.get_output_embeddings()
+    head.register_forward_hook(lambda layer, args, out: torch.zeros_like(out).index_fill(
+        -1, torch.tensor([7, policy.eos_id]), 50.0))             # nothing but filling is likely
+    q, q_mask = prompts(policy)
+    traj = agrpo.rollout(policy, q, q_mask, agrpo.Decoding(C=6, m=3, block_length=2))
+    assert set(traj.o[:, :2].flatten().tolist()) <= {7, policy.eos_id}
+    assert (traj.step_of[:, 2:] == 3).all()                      # ended after the first block
+
+
+def test_a_model_that_names_no_mask_token_needs_the_flag(tmp_path):
+    folder = folder_of(tmp_path / "unnamed", "llada", mask_token_id=None)
+    names = json.loads((tmp_path / "unnamed" / "tokenizer_config.json").read_text())
+    mask = names.pop("mask_token")
+    (tmp_path / "unnamed" / "tokenizer_config.json").write_text(json.dumps(names))
+    special = tmp_path / "unnamed" / "special_tokens_map.json"
+    special.write_text(json.dumps({k: v for k, v in json.loads(special.read_text()).items()
+                                   if k != "mask_token"}))
+    tokenizer = make_tiny.make_tokenizer()
+    if mask.strip("<|[]>").lower() != "mask":
+        assert "--mask_id" in refusal(folder)
+    assert policy_of(folder, "--mask_id", "9").mask_id == 9
+    assert "--mask_id" in refusal(folder, "--mask_id", str(len(tokenizer)))
+    assert policy_of(folder, "--mask_id", "9", "--shift", "1").shift == 1
+
+
+def test_a_template_without_a_system_role_gets_it_before_the_question(shelf):
+    policy = policy_of(shelf["llada"])
+    policy.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "[{{ m.role }}]{{ m.content }}{% endfor %}")
+    chat = [dict(role="system", content="be brief"), dict(role="user", content="1 + 1")]
+    assert policy.render(chat) == "[user]be brief\n\n1 + 1"
+    policy.tokenizer.chat_template = "{{ enable_thinking }} {{ add_generation_prompt }}"
+    assert policy.render(chat) == "False True"
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+def test_causal_models_are_refused(tmp_path):
+    assert "is causal" in refusal(folder_of(tmp_path / "left", "llada", causal=True, hears_mask=False))
+    small = transformers.LlamaConfig(vocab_size=120, hidden_size=16, intermediate_size=16,
+                                     num_hidden_layers=1, num_attention_heads=2)
+    transformers.LlamaForCausalLM(small).save_pretrained(tmp_path / "llama")
     make_tiny.make_tokenizer().save_pretrained(tmp_path / "llama")
     assert "no masked language model" in refusal(str(tmp_path / "llama"))
+
+
+def test_block_diffusion_models_need_a_block_causal_policy(tmp_path, monkeypatch):
+    monkeypatch.setitem(CODE, "sdar", (A2D.replace("a2d-qwen3", "sdar").replace("A2DQwen3LMHeadModel",
+                        "SDARForCausalLM"), "A2DQwen3Config", "SDARForCausalLM", "A2DQwen3Model"))
+    folder = folder_of(tmp_path / "sdar", "sdar", **QWEN)
+    assert "block-diffusion" in refusal(folder)
+    assert "FrozenBlockCausal" in refusal(folder, "--policy", "lab/policies.py:FrozenContext")
+    policy = policy_of(folder, "--policy", "lab/policies.py:FrozenBlockCausal")
+    assert policy.block_causal and "block" in policy.notes[-1]
+
+
+def test_block_diffusion_is_known_by_name_where_the_config_does_not_say(tmp_path):
+    """dLLM's bd3lm and mdlm models have the same configuration."""
+    assert "block-diffusion" in refusal(folder_of(tmp_path / "Qwen3-0.6B-diffusion-bd3lm-v0.1", "a2d"))
+
+
+def test_own_code_needs_a_word_from_the_user(shelf):
+    assert "--trust_remote_code" in refusal(shelf["llada"], trust=False)
 
 
 def nan(weights):
@@ -517,225 +646,65 @@ def lost(weights):
 
 
 def lost_in_dream(weights):
-    del weights["model.layers.1.mlp.up_proj.weight"]
+    del weights["model.layers.1.mlp.gate.weight"]
 
 
 def wider(weights):
     weights["model.transformer.ff_out.weight"] = torch.randn(120, 64)
 
 
-@pytest.mark.parametrize("code, how, change, says", [
-    (LLADA, {}, nan, "not finite"),
-    (LLADA, {}, lost, "lack 1 of the model's weights (model.transformer.blocks.1.up_proj.weight)"),
-    pytest.param(DREAM, {}, lost_in_dream, "lack 1 of the model's weights (model.layers.1.mlp.up_proj.weight)", marks=needs_dream),
-    (LLADA, {}, wider, "other shapes than its config.json says"),
-    (LLADA, dict(headless=True), None, "no LM head"),
+@pytest.mark.parametrize("kind, how, change, says", [
+    ("llada", {}, nan, "not finite"),
+    ("llada", {}, lost, "lack model.transformer.blocks.1.up_proj.weight"),
+    ("dream", {}, lost_in_dream, "lack model.layers.1.mlp.gate.weight"),
+    ("llada", {}, wider, "could not be loaded"),
+    ("llada", dict(headless=True), lambda weights: None, "lack an LM head"),
 ], ids=["nan", "lost", "lost in Dream", "shape", "headless"])
-def test_damaged_checkpoints_are_refused_by_name(code, how, change, says, tmp_path):
-    assert says in refusal(folder_of(tmp_path / "damaged", code, how, change or (lambda weights: None)))
+def test_damaged_checkpoints_are_refused_by_name(kind, how, change, says, tmp_path):
+    assert says in refusal(folder_of(tmp_path / "damaged", kind, change, **how))
 
 
-def test_folders_without_or_with_half_the_weights_are_refused(shelf, tmp_path):
-    import shutil
-
+def test_wrong_folders_are_one_sentence(shelf, tmp_path):
+    assert "no config.json there" in refusal(str(tmp_path))
+    assert "no config.json there" in refusal("./no/such/folder")
     half = shutil.copytree(shelf["llada"], tmp_path / "half")
     os.truncate(half / "model.safetensors", 2000)
     assert "could not be loaded" in refusal(str(half))
     (half / "model.safetensors").unlink()
-    assert "no file named" in refusal(str(half))
+    assert "could not be loaded" in refusal(str(half))
 
 
-def test_own_code_needs_a_word_from_the_user(shelf):
-    assert "--trust_remote_code" in refusal(shelf["llada"], trust_remote_code=False)
+def test_a_hub_out_of_reach_is_one_sentence_within_seconds(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("tasks.hub_answers", lambda hub: False)
+    began = time.time()
+    assert "check name and network, or give a local folder" in refusal("nobody/no-such-model")
+    assert time.time() - began < 10
 
 
-def test_a_prompt_with_the_mask_token_and_ids_out_of_range_are_refused(shelf):
-    policy, _ = policy_of(shelf["llada"])
-    with pytest.raises(UserError, match="holds the .MASK. token"):
-        models.preflight(policy, [10, policy.mask_id, 11])
-    policy.model.config.mask_token_id = 126336
-    with pytest.raises(UserError, match=r"must be below its \d+ embeddings"):
-        models.special_ids(policy.model, policy.tokenizer)
-
-
-def test_special_ids_come_from_the_config_then_the_tokenizer_then_its_added_tokens(shelf):
-    policy, _ = policy_of(shelf["llada"])
-    tokenizer = SimpleNamespace(mask_token_id=7, eos_token_id=None, pad_token_id=None, get_added_vocab=lambda: {"<|mdm_mask|>": 9})
-    policy.model.config.eos_token_id = [4, 5]
-    assert models.special_ids(policy.model, tokenizer) == (1, 4, 4)
-    del policy.model.config.mask_token_id
-    assert models.special_ids(policy.model, tokenizer) == (7, 4, 4)
-    tokenizer.mask_token_id = None
-    assert models.special_ids(policy.model, tokenizer) == (9, 4, 4)
-    tokenizer.get_added_vocab = dict
-    with pytest.raises(UserError, match="names a .MASK. and an EOS"):
-        models.special_ids(policy.model, tokenizer)
-
-
-# --- The hub ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_known_id_runs_its_own_code_at_the_pinned_revision_and_says_so(tmp_path):
-    """From the hub's cache, with no hub: as on a machine that has downloaded the model before."""
-    name, pin = "GSAI-ML/LLaDA-8B-Instruct", models.KNOWN["GSAI-ML/LLaDA-8B-Instruct"]
-    folder_of(tmp_path / "hub" / "models--GSAI-ML--LLaDA-8B-Instruct" / "snapshots" / pin, LLADA, {})
-    out = subprocess.run(
-        [sys.executable, "agrpo.py", "--mode", "eval", "--task", "countdown", "--model", name, "--device", "cpu", "--dtype", "float32",
-         "--C", "6", "--m", "2", "--block_length", "6", "--eval_C", "6", "--eval_block", "6", "--eval_n", "2", "--steps", "2",
-         "--out", str(tmp_path / "eval")],
-        cwd=ROOT, capture_output=True, text=True, env=dict(os.environ, HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1"))
-    assert out.returncode == 0, out.stderr
-    assert f"its own Python code runs (a known model), revision {pin}" in " ".join(out.stdout.split())
-    assert json.loads((tmp_path / "eval" / "eval.json").read_text())["config"]["revision"] == pin
-
-
-def test_every_pin_is_a_commit_hash():
-    for pin in models.KNOWN.values():
-        assert pin is None or re.fullmatch("[0-9a-f]{40}", pin)
-
-
-def test_a_hub_out_of_reach_and_a_gated_model_are_one_sentence(monkeypatch):
-    assert "check the name and the network, or give the folder of a local copy" in refusal("nobody/no-such-model")
-
-    def gated(*args, **kwargs):
-        raise OSError("You are trying to access a gated repo.\nMake sure to have access to it at https://huggingface.co/a/b.")
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", gated)
-    assert "accept its terms on https://huggingface.co/a/b" in refusal("a/b")
-
-
-@needs_dream
-def test_code_that_transformers_5_would_load_wrongly_is_refused(shelf, monkeypatch):
+def test_code_for_transformers_4_is_refused_on_5(shelf, monkeypatch):
     monkeypatch.setattr("transformers.__version__", "5.2.0")
     assert "pip install 'transformers<5'" in refusal(shelf["dream"])
 
 
-# --- Memory -----------------------------------------------------------------------------------------------------------
+def test_every_pin_is_a_commit():
+    assert all(pin is None or len(pin) == 40 and int(pin, 16) for pin in agrpo.KNOWN.values())
 
 
-def gradients(model, **flags):
-    """Of one batch of rollouts, by parameter; and the bytes kept for the backward pass."""
-    policy, _ = policy_of(model, adapters=True, **flags)
-    q = torch.arange(10, 26).view(2, 8)
-    traj = agrpo.rollout(policy, q, torch.ones_like(q), C=6, m=3, block_length=6, mask_id=policy.mask_id, eos_id=policy.eos_id,
-                         rand=agrpo.row_random([0, 1]))
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
-        agrpo.accumulate_gradient(policy, traj, torch.tensor([1.0, -1.0]), k=0, rows_total=2, mask_id=policy.mask_id,
-                                  eos_id=policy.eos_id)
-    return {name: p.grad for name, p in policy.model.named_parameters() if p.requires_grad}, sum(kept), policy
+# --- LoRA ---------------------------------------------------------------------------------------
+
+def test_experts_and_routers_are_not_adapted(shelf):
+    policy = policy_of(shelf["dream"])
+    assert not any("experts" in name or "gate" in name for name in trained(policy))
 
 
-@each("llada", "dream", "modernbert")
-def test_recomputing_activations_saves_memory_and_changes_no_gradient(kind, shelf):
-    plain, kept, _ = gradients(shelf[kind])
-    again, less, _ = gradients(shelf[kind], activation_checkpointing=True)
-    assert less < kept / 3
-    assert plain.keys() == again.keys() and all(torch.equal(plain[name], again[name]) for name in plain)
-    assert all(g.abs().sum() > 0 for g in plain.values())
-
-
-def test_training_mode_brings_no_dropout(tmp_path):
-    """Else rollout and loss disagree about the policy, and every ratio is off."""
-    makers = [lambda: folder_of(tmp_path / "drop_l", LLADA, dict(attention_dropout=0.5)),
-              lambda: modernbert(tmp_path / "drop_m", attention_dropout=0.5, mlp_dropout=0.5, embedding_dropout=0.5),
-              lambda: folder_of(tmp_path / "drop_d", DREAM, dict(attention_dropout=0.5))]
-    for model in [make() for make in makers[:3 if V4 else 2]]:
-        _, _, policy = gradients(model, activation_checkpointing=True)
-        ids = torch.arange(10, 26).view(2, 8)
-        a, b = (policy(ids, torch.ones_like(ids), torch.arange(1, 8)) for _ in range(2))
-        assert policy.model.training and torch.equal(a, b)
-
-
-def test_a_model_that_cannot_recompute_says_what_to_do(shelf):
-    policy, _ = policy_of(shelf["modernbert"])
-    type(policy.model).supports_gradient_checkpointing, before = False, True
-    try:
-        with pytest.raises(UserError, match="--activation_checkpointing false"):
-            models.save_memory(policy.model)
-    finally:
-        type(policy.model).supports_gradient_checkpointing = before
-
-
-def test_loading_leaves_memory_efficient_attention_on(shelf):
-    torch.backends.cuda.enable_mem_efficient_sdp(True)
-    models.load_model(config(shelf["llada"]))
-    assert torch.backends.cuda.mem_efficient_sdp_enabled()
-
-
-def test_experts_and_routers_are_not_adapted():
-    block = torch.nn.ModuleDict(dict(q_proj=torch.nn.Linear(2, 2), mlp=torch.nn.ModuleDict(dict(
-        gate=torch.nn.Linear(2, 2), experts=torch.nn.ModuleList(torch.nn.ModuleDict(dict(up_proj=torch.nn.Linear(2, 2)))
-                                                               for _ in range(2))))))
-    model = torch.nn.ModuleDict(dict(layers=torch.nn.ModuleList([block, block]), lm_head=torch.nn.Linear(2, 2)))
-    assert models.block_linears(model) == ["layers.0.q_proj"]        # the same module twice: named once
-
-
-# --- The plan ---------------------------------------------------------------------------------------------------------
-
-
-def shape_in(folder):
-    return plan.shape_of(plan.read_config(folder)[0])
-
-
-@each("llada", "dream", "dream_tied", "modernbert")
-def test_the_plan_counts_what_a_run_then_has(kind, shelf):
-    policy, _ = policy_of(shelf[kind], adapters=True)
-    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in policy.model.parameters()) - trained
-    shape = shape_in(shelf[kind])
-    cfg = agrpo.configure(["--model", shelf[kind], "--lora_r", "4", "--device", "cpu"])
-    assert plan.needs(cfg, shape, 20)["lora"] == trained
-    assert abs(shape.parameters / total - 1) < 0.01  # biases are left out
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_plan_knows_what_a_block_keeps(dtype, shelf):
-    """Against a count of every tensor that autograd saved, on a batch like the loss's."""
-    for kind in ("llada", "dream")[:2 if V4 else 1]:
-        policy, _ = policy_of(shelf[kind], adapters=True, dtype=dtype)
-        weights, kept = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}, {}
-
-        def keep(t):
-            if t.untyped_storage().data_ptr() not in weights:
-                kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-            return t
-        ids = torch.randint(5, 100, (4, 64))
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            out = policy(ids, torch.ones_like(ids), torch.arange(1, 9))
-        cfg = agrpo.configure(["--model", shelf[kind], "--lora_r", "4", "--dtype", dtype, "--micro_batch", "4", "--C", "32", "--m",
-                               "4", "--device", "cpu"])
-        assert abs(plan.kept_bytes(cfg, shape_in(shelf[kind]), 64) / sum(kept.values()) - 1) < 0.25
-        del out
-
-
-def test_the_plan_of_llada_8b_needs_no_download(capsys, monkeypatch):
-    monkeypatch.setattr(plan, "is_cached", lambda cfg: False)
-    assert plan.main(["gsm8k", "--device", "cpu"]) == 0
-    text = capsys.readouterr().out
-    assert max(map(len, text.splitlines())) <= 120
-    for part in ("8,015.6 M: 15.0 GB in bfloat16, and the LM head 2.1 GB", "167.8 M on 224 linear layers", "16.0 GB to download",
-                 "1,024 forwards of 16 rows", "768 forwards and backwards of 4", "14.7 M tokens"):
-        assert part in text
-    shape = plan.shape_of(plan.DREAM)
-    assert abs(shape.parameters * 2 / 15_231_271_864 - 1) < 1e-4     # the size of its published files
-
-
-@pytest.mark.parametrize("short, says", [
-    (dict(disk=1e9), "needs 16.0 GB of disk"), (dict(memory=1e9), "needs 16.0 GB of memory"),
-    (dict(gpu=8e9), "needs 16.0 GB on the GPU"), ({}, None)])
-def test_a_download_that_cannot_fit_is_refused_before_it_starts(short, says, monkeypatch):
-    monkeypatch.setattr(plan, "room", lambda cfg: dict(dict(cache="/c", disk=1e12, memory=1e12, gpu=80e9), **short))
-    monkeypatch.setattr(plan, "is_cached", lambda cfg: False)
-    cfg = config("GSAI-ML/LLaDA-8B-Instruct", dtype="bfloat16")
-    with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
-        plan.check_room(cfg, plan.LLADA, None)
-
-
-def test_loading_asks_whether_there_is_room(shelf, monkeypatch):
-    monkeypatch.setattr(plan, "room", lambda cfg: dict(cache="/c", disk=1e12, memory=1e3, gpu=0))
-    assert "of memory to be read in" in refusal(shelf["llada"])
-
-
-def test_a_plan_for_an_unknown_model_says_what_to_do():
-    with pytest.raises(UserError, match="put its config.json into a folder"):
-        plan.read_config("nobody/no-such-model")
+def test_an_adapter_comes_back_and_only_to_its_model(shelf, tmp_path):
+    policy = policy_of(shelf["llada"])
+    policy.model.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(20, 34).view(2, 7)
+    again = policy_of(shelf["llada"], "--adapter", str(tmp_path / "adapter"), loud=False)
+    with torch.no_grad():
+        a, b = (p(ids, torch.ones_like(ids), torch.tensor([[1, 2]] * 2)) for p in (policy, again))
+    assert torch.equal(a, b)
+    with pytest.raises(agrpo.UserError, match="does not fit"):
+        policy_of(shelf["a2d"], "--adapter", str(tmp_path / "adapter"))
