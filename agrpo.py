@@ -19,9 +19,9 @@ transformers model the policy, § 8 is the training loop, § 9 all that a person
 Needs kernels.py and tasks.py beside it, and nothing else of this repository.
 
 Left out on purpose: a value network, a separate reference model, key-value caches (a policy may
-bring one, see Block), sharding one model over GPUs. And training by low-confidence unmasking: it
-draws everywhere and keeps the likeliest tokens, so the discarded ones are part of the action;
-with them scored the gradient is exact, but very noisy. max_prob chooses before it draws.
+bring one, see Block), sharding one model over GPUs. And training by low-confidence unmasking:
+it draws everywhere and keeps the likeliest tokens, so those it discards are part of the action;
+with them scored the gradient is exact but very noisy. max_prob chooses before it draws.
 
 Letters   B rows   P prompt   C completion   L = P + C   V vocabulary   W = C / m tokens a step
           m denoising steps   k of them scored   G rollouts per question   N (row, step) pairs
@@ -93,16 +93,16 @@ class Decoding:
             good = [b for b in range(1, C + 1) if C % b == 0]
             raise ValueError(f"--block_length {block} does not divide --C {C}: choose {good}")
         if m not in step_counts(C, block):
-            raise ValueError(f"--m {m} steps cannot write --C {C} tokens in equal shares, blocks of "
-                             f"--block_length {block}: choose m from {step_counts(C, block)}")
+            raise ValueError(f"--m {m} steps cannot write --C {C} tokens, --block_length {block}, "
+                             f"in equal shares: choose m from {step_counts(C, block)}")
         if self.unmasking not in UNMASKING:
             raise ValueError(f"--unmasking {self.unmasking} is unknown: choose {UNMASKING}")
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(f"--temperature {self.temperature}, --top_k {self.top_k}, --top_p "
                              f"{self.top_p}: temperature and top_k from 0, top_p in (0, 1]")
         if self.top_p < 1 and not self.top_k:
-            raise ValueError(f"--top_p {self.top_p} needs a --top_k, 150 say: every token's support "
-                             "is stored")
+            raise ValueError(f"--top_p {self.top_p} needs a --top_k, as 150: the support of each "
+                             "token is stored")
 
     @property
     def W(self):
@@ -119,7 +119,7 @@ def step_counts(C, block_length):
 
 
 class Trajectory(NamedTuple):
-    """A batch of finished rollouts: each token, the step that revealed it, how likely it was."""
+    """A batch of finished rollouts: each token, the step that drew it, how likely it was."""
     q: torch.Tensor                    # (B, P) prompt ids, left-padded
     q_mask: torch.Tensor               # (B, P) 0 at padding
     o: torch.Tensor                    # (B, C) completion ids
@@ -249,8 +249,8 @@ def rollout(policy, q, q_mask, how, rand=uniforms):
         start = how.block_start(t)
         if t * W == start:
             block = enter_block(q, how, t)
-            # A row whose last block is nothing but EOS has ended. Its further steps draw nothing:
-            # leaving them out is exact. An EOS that was drawn is an action like any other.
+            # A row whose last block is nothing but EOS has ended. Its other steps draw nothing,
+            # so leaving them out is exact. An EOS that was drawn is an action like any other.
             if start > 0:
                 ended = torch.isin(o[row, start - block_length:start], fill).all(dim=1)
                 o[row[ended], start:] = policy.eos_id
@@ -258,8 +258,8 @@ def rollout(policy, q, q_mask, how, rand=uniforms):
         if len(row) == 0:
             break
 
-        # Where: W of the positions still masked in this block. Never by looking at drawn tokens:
-        # a choice among those would be part of the action, and its probability unknown.
+        # Where: W of the positions still masked in this block. Never by the drawn tokens: a
+        # choice among those would be part of the action, and its probability unknown.
         still = step_of[row, start:start + block_length] == how.m
         masked = start + still.nonzero()[:, 1].view(len(row), -1)               # (R, c)
         if how.unmasking == "random":
@@ -310,7 +310,7 @@ def group_advantages(rewards, G, divide_by_std=False):
 # ==============================================================================================
 # The gradient is a sum over all m steps, a forward and backward pass each. AGRPO estimates it
 # from k << m of them:   sum_t g_t  ~  sum_j w_j g_{t_j},   t_j ~ p,   w_j = 1 / (k p_{t_j}).
-# The mean is the full sum for every p that is positive where the row acted. The variance differs.
+# The mean is the full sum for every p > 0 where the row acted. The variance differs.
 # p may look at the drawn tokens: given the trajectory, the estimate of its sum stays unbiased.
 
 FOLLOW = ("surprise", "entropy", "uniform")
@@ -364,7 +364,7 @@ def sample_timesteps(p, k, offset):
 # ==============================================================================================
 
 def step_logprobs(policy, traj, rows, steps):
-    """log pi_theta of the tokens that pairs (row, step) revealed, by one forward; and log pi_old.
+    """log pi_theta of what pairs (row, step) revealed, by one forward pass; and log pi_old.
 
     rows, steps (N,), the steps all of one block. Returns (N, W) with gradient, (N, W).
     """
@@ -491,10 +491,10 @@ HALF = (torch.bfloat16, torch.float16)
 class Policy:
     """The callable that `denoise` wants: float32 logits, the head on the asked positions only.
 
-    Logits of every position would be 1.2 GB at B = 8, L = 584, V = 126464. So a hook in front of
-    the LM head hands it the asked positions of its input and nothing else.
+    Logits of every position would be 1.2 GB at B = 8, L = 584, V = 126464. So a hook in front
+    of the LM head hands it the asked positions of its input and nothing else.
     """
-    block_causal = False               # does a token see its own block and those before it only?
+    block_causal = False               # does a token see only its own block and those before?
     note = ""                          # printed where --policy names this class
 
     def __init__(self, model, tokenizer, mask_id, device="cpu"):
@@ -503,7 +503,7 @@ class Policy:
         self.mask_id, self.eos_id = mask_id, tokenizer.eos_token_id
         pad_id = tokenizer.pad_token_id
         self.pad_id = self.eos_id if pad_id is None else pad_id
-        self.fill_ids = {self.eos_id, self.pad_id}              # both fill the text after an answer
+        self.fill_ids = {self.eos_id, self.pad_id}              # fill the text after an answer
         # Dream predicts position i at i - 1 and takes its attention mask in four dimensions.
         self.is_dream = "dream" in model.config.model_type.lower()
         self.shift = int(self.is_dream)
@@ -560,8 +560,8 @@ class Policy:
         unknown = self.tokenizer.unk_token_id
         for text, ids in zip(texts, prompts):
             if unknown in ids and unknown not in self.fill_ids:
-                raise UserError(f"--model has no token for a part of this prompt: {text[-60:]!r}; "
-                                "choose problems that its vocabulary can write, or another model")
+                raise UserError(f"--model lacks a token for a part of the prompt {text[-60:]!r}: "
+                                "choose problems its vocabulary can write, or another model")
         P = max(map(len, prompts))
         q = torch.tensor([[self.pad_id] * (P - len(ids)) + ids for ids in prompts])
         q_mask = torch.tensor([[0] * (P - len(ids)) + [1] * len(ids) for ids in prompts])
@@ -586,14 +586,14 @@ class Policy:
                                            clean_up_tokenization_spaces=False)
 
 
-# Naming one of these runs the Python code that comes with it, of this commit (None: the newest).
+# Naming one of these runs the Python code that comes with it, of this commit (None: newest).
 KNOWN = {
     "GSAI-ML/LLaDA-8B-Instruct": "08b83a6feb34df1a6011b80c3c00c7563e963b07",
     "GSAI-ML/LLaDA-8B-Base": "0f2787f2d87eac5eed8a087d5ecd24277e6255b2",
     "Dream-org/Dream-v0-Instruct-7B": "05334cb9faaf763692dcf9d8737c642be2b2a6ae",
     "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": None,
 }
-BLOCK_DIFFUSION = "bd3lm|llada2|sdar|trado|fast_dllm"           # in a model's name, type or class
+BLOCK_DIFFUSION = "bd3lm|llada2|sdar|trado|fast_dllm"           # in name, type or class
 
 
 def load_policy(cfg):
@@ -610,13 +610,13 @@ def load_policy(cfg):
     mask_id = cfg.mask_id if cfg.mask_id >= 0 else next(i for i in said if i is not None)
     ids, rows = (mask_id, tokenizer.eos_token_id), model.get_input_embeddings().weight.shape[0]
     if ids[1] is None or not 0 <= mask_id < rows:
-        raise UserError(f"{name}: [MASK] and EOS are {ids} of {rows} ids; a masked diffusion model "
-                        "has both: give --mask_id N if it does not say which")
+        raise UserError(f"{name}: [MASK] and EOS are {ids} of {rows} ids; a masked diffusion "
+                        "model has both: give --mask_id N if it does not say which")
     kind = import_file(cfg.policy, "--policy") if cfg.policy else Policy
     types = " ".join([cfg.model, config.model_type, *(config.architectures or ())])
     if re.search(BLOCK_DIFFUSION, types, re.I) and not kind.block_causal:
-        raise UserError(f"{name} is a block-diffusion model, its log pi wrong under full attention: "
-                        "add --policy lab/policies.py:FrozenBlockCausal and its --block_length")
+        raise UserError(f"{name} is a block-diffusion model: its log pi is wrong unless you add "
+                        "--policy lab/policies.py:FrozenBlockCausal, and its --block_length")
     policy = kind(model, tokenizer, mask_id, cfg.device)
     policy.shift = policy.shift if cfg.shift < 0 else cfg.shift
     policy.notes = [look_at(policy, name), add_adapters(policy, cfg)]
@@ -650,7 +650,7 @@ def load_model(cfg):
             model, report = AutoModelForMaskedLM.from_pretrained(source, **options)
         model.to(cfg.device)
     except Exception as e:             # a model's own code, damaged files: they raise anything
-        text, hint = str(e), "" if folder else "; check name and network, or give a local folder"
+        text, hint = str(e), "" if folder else "; check name and network, or give a folder"
         if "trust_remote_code" in text:
             text = "it brings its own Python code: read it, then add --trust_remote_code"
         elif "Unrecognized configuration class" in text:
@@ -658,7 +658,7 @@ def load_model(cfg):
         raise UserError(f"{name} could not be loaded: {first_line(text)}{hint}") from e
     lost = sorted(set(report["missing_keys"]) & dict(model.named_parameters()).keys())
     if lost or model.get_output_embeddings() is None:           # transformers would make it up
-        raise UserError(f"{name}: its files lack {', '.join(lost[:3]) or 'an LM head'}: they are "
+        raise UserError(f"{name} lacks {', '.join(lost[:3]) or 'an LM head'}: its files are "
                         "incomplete, or not of a masked language model")
     if torch.cuda.is_available():
         torch.backends.cuda.enable_mem_efficient_sdp(True)      # LLaDA's code turns it off
@@ -698,8 +698,8 @@ def own_class(config, source, where):
     auto_map = getattr(config, "auto_map", None) or {}
     kinds = ("AutoModelForMaskedLM", "AutoModel", "AutoModelForCausalLM")
     found = [auto_map[kind] for kind in kinds if kind in auto_map]
-    if found and int(transformers.__version__.split(".")[0]) >= 5:      # some weights random there
-        raise ImportError("its code is written for transformers 4: pip install 'transformers<5'")
+    if found and int(transformers.__version__.split(".")[0]) >= 5:      # weights random there
+        raise ImportError("its code is for transformers 4: pip install 'transformers<5'")
     module = found[0].rpartition(".")[0] if found else None
     for name in [f"{module}.{kind}" for kind in config.architectures or ()] + found:
         with contextlib.suppress(AttributeError):
@@ -728,8 +728,8 @@ def look_at(policy, name):
     if reach == 0:
         raise UserError(f"{name} is causal: a later token moves no earlier logit, so it cannot "
                         "denoise; choose a masked diffusion model")
-    return (f"[MASK] is {policy.mask_id}, EOS {policy.eos_id}; padding moves a logit by {gap:.0e} of "
-            f"the largest, a later token by {reach:.0e}"
+    return (f"[MASK] is {policy.mask_id}, EOS {policy.eos_id}; padding moves logits by {gap:.0e} "
+            f"of the largest, a later token by {reach:.0e}"
             + "; so prompts go unpadded, one length at a time" * policy.ignores_mask)
 
 
@@ -752,7 +752,7 @@ def add_adapters(policy, cfg):
                 raise ValueError("its weights are not finite, its training diverged")
         except Exception as e:                                  # damaged files raise anything
             why = misfit if "size mismatch" in str(e) else first_line(e)
-            raise UserError(f"--adapter {cfg.adapter}: {why}; give the adapter/ folder of a run "
+            raise UserError(f"--adapter {cfg.adapter}: {why}; give the adapter/ folder of a run, "
                             "and the model it was trained on") from e
     else:
         torch.manual_seed(cfg.seed)
@@ -760,17 +760,17 @@ def add_adapters(policy, cfg):
         policy.model = get_peft_model(base, lora) if layers else base
         hit = [n for n, module in policy.model.named_modules() if hasattr(module, "lora_A")]
         if not layers or len(hit) != len(layers):
-            raise UserError(f"--model {cfg.model}: LoRA hit {len(hit)} of the {len(layers)} linear "
+            raise UserError(f"--model {cfg.model}: LoRA hit {len(hit)} of {len(layers)} linear "
                             "layers in numbered blocks; --lora_r 0 trains all weights")
     for module in policy.model.modules():
         if policy.dtype in HALF and hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False             # autocast does it, and to 16 bits
+            module.cast_input_dtype_enabled = False             # autocast does, to 16 bits
     if cfg.recompute and hasattr(getattr(base, "model", None), "set_activation_checkpointing"):
         base.model.set_activation_checkpointing("whole_layer")  # LLaDA's own switch
     elif cfg.recompute:
         base.gradient_checkpointing_enable({"use_reentrant": False})
-    trained, total = (sum(p.numel() for p in policy.model.parameters() if p.requires_grad or every)
-                      for every in (False, True))
+    sizes = [(p.numel(), p.requires_grad) for p in policy.model.parameters()]
+    trained, total = sum(n for n, on in sizes if on), sum(n for n, _ in sizes)
     kinds = " ".join(dict.fromkeys(n.rpartition(".")[2] for n in layers))
     what = f"LoRA on {len(layers)} layers ({kinds})" if cfg.lora_r else "no LoRA"
     return f"{what}: {trained:,} of {total:,} parameters are trained"
@@ -868,7 +868,8 @@ def policy_gradient(policy, traj, A, cfg, rand):
     alive = (A != 0) | (cfg.beta > 0)
     p = timestep_probs(traj, cfg.follow) * alive[:, None]
     pairs = sample_timesteps(p, cfg.k, rand(len(p), 1))
-    return add_gradient(policy, traj, A, pairs, cfg.eps, cfg.micro_batch, cfg.ratio_per, cfg.beta)
+    return add_gradient(policy, traj, A, pairs, cfg.eps, cfg.micro_batch, cfg.ratio_per,
+                        cfg.beta)
 
 
 def train(policy, data, cfg, params, optimizer, first=0, gradient=policy_gradient):
@@ -879,8 +880,8 @@ def train(policy, data, cfg, params, optimizer, first=0, gradient=policy_gradien
     index, size = processes()
     for update in range(first, cfg.updates):
         start = time.time()
-        # Each process takes its share of the questions. A key names the place, not the question:
-        # one question at two places of an update gets rollouts of its own at each.
+        # Each process takes its share of the questions. A key names the place: the question
+        # itself may stand at two places of an update, and gets other rollouts at each.
         drawn = enumerate(questions(len(data), cfg.questions, update, cfg.seed))
         asked = list(drawn)[index::size]
         keys = [(cfg.seed, update, place, copy) for place, _ in asked for copy in range(cfg.G)]
@@ -912,7 +913,7 @@ def check_ratio(policy, ratio):
     off = max(gather((ratio - 1).abs().amax().item() if len(ratio) else 0.0))
     tolerance = 0.3 if policy.dtype in HALF else 1e-3
     if not off < tolerance:
-        raise UserError(f"max|ratio - 1| is {off:.2g} before the first optimizer step, tolerance "
+        raise UserError(f"max|ratio - 1| is {off:.2g} before the first optimizer step, not below "
                         f"{tolerance}: rollout and loss disagree; look at the model's own code")
     say(f"max|ratio - 1| before the first optimizer step: {off:.1e}")
 
@@ -933,9 +934,12 @@ def statistics(policy, traj, grades, A, seen, cfg):
         clip_high=(((ratio > 1 + cfg.eps) & (seen.A > 0)).sum(), tokens))
     sums = {name: (float(total), int(n)) for name, (total, n) in sums.items()}
     extremes = (ratio.min().item(), ratio.max().item()) if tokens else (1.0, 1.0)
-    parts, low, high, pairs, forwards = zip(*gather((sums, *extremes, len(ratio), seen.forwards)))
-    means = {name: sum(part[name][0] for part in parts) / max(1, sum(part[name][1] for part in parts))
-             for name in sums}
+    parts, low, high, pairs, forwards = zip(
+        *gather((sums, *extremes, len(ratio), seen.forwards)))
+    means = {}
+    for name in sums:
+        total, n = map(sum, zip(*[part[name] for part in parts]))
+        means[name] = total / max(1, n)
     return dict(means, ratio_min=min(low), ratio_max=max(high), pairs=sum(pairs),
                 forwards=sum(forwards))
 
@@ -952,7 +956,7 @@ def describe(policy, traj, row, text, grade):
 
 @torch.no_grad()
 def grade_held_out(policy, data, cfg, how, n):
-    """Grades of an answer to each of the first n held-out problems; processes share the work."""
+    """Grades of an answer to each of the first n held-out problems; processes share them."""
     index, size = processes()
     mine, grades = list(range(min(n, len(data))))[index::size], []
     if mine:
@@ -1039,8 +1043,8 @@ class Config:
                         self.top_k, self.top_p)
 
     def cells(self):
-        """(greedy, Decoding) of each evaluation: greedy max_prob, which is LLaDA's low-confidence
-        decoding (its confidence is the likeliest token's), and as the rollouts sample."""
+        """(greedy, Decoding) of each evaluation: as the rollouts sample, and greedy max_prob.
+        (That is LLaDA's low-confidence decoding: its confidence is the likeliest token's.)"""
         def greedy(m):
             return Decoding(self.eval_C, m, self.eval_block, "max_prob", temperature=0.0)
         steps = [int(m) for m in self.steps.split(",")]
@@ -1057,7 +1061,8 @@ class Config:
 # 24 optimizer steps an update, so ours is to be swept. qwen: a guess for a consumer GPU.
 PRESETS = {
     "tiny": dict(model="lab/tiny"),
-    "tiny/countdown": dict(C=12, m=2, k=1, max_number=16, division=False, lr=1.5e-3, updates=500),
+    "tiny/countdown": dict(C=12, m=2, k=1, lr=1.5e-3, updates=500, max_number=16,
+                           division=False),
     "tiny/sudoku": dict(C=20, m=2, k=1, empties=10, unmasking="max_prob"),
     "llada": dict(
         model="GSAI-ML/LLaDA-8B-Instruct", dtype="bfloat16", recompute=True, C=384, m=128,
@@ -1071,9 +1076,9 @@ PRESETS = {
 }
 CHOICES = dict(preset=("tiny", "llada", "qwen"), unmasking=UNMASKING, follow=FOLLOW,
                ratio_per=("token", "step"), dtype=("float32", "bfloat16", "float16"))
-AT_LEAST = dict(seed=0, questions=1, G=2, k=1, mu=1, beta=0, updates=0, weight_decay=0, lora_r=0,
-                lora_alpha=1, micro_batch=1, rollout_batch=1, eval_n=1, eval_every=1, save_every=1,
-                max_prompt=1, temperature=0)
+AT_LEAST = dict(seed=0, questions=1, G=2, k=1, mu=1, beta=0, updates=0, weight_decay=0,
+                lora_r=0, lora_alpha=1, micro_batch=1, rollout_batch=1, eval_n=1, eval_every=1,
+                save_every=1, max_prompt=1, temperature=0)
 
 
 def parse(argv=None):
@@ -1134,7 +1139,8 @@ def add_flag(parser, name, default, help):
 
 def check(cfg, typed):
     """Refuse what cannot work, in a sentence that says what would."""
-    value, gpus, gpu = asdict(cfg), torch.cuda.device_count(), re.fullmatch(r"cuda:?(\d*)", cfg.device)
+    value, gpus = asdict(cfg), torch.cuda.device_count()
+    gpu = re.fullmatch(r"cuda:?(\d*)", cfg.device)
     rules = [(typed[name] == "", f"--{name} is empty: leave it out, or give a value")
              for name in typed]
     rules += [(not least <= value[name] < math.inf, f"--{name} {value[name]} is below {least}")
@@ -1144,12 +1150,12 @@ def check(cfg, typed):
     rules += [
         (cfg.seed >= 2 ** 32, f"--seed {cfg.seed} is too large: use one below 2 ** 32"),
         (cfg.device != "cpu" and not (gpu and int(gpu[1] or 0) < gpus),
-         f"--device {cfg.device} is not here, torch sees {gpus} GPUs: choose cpu, cuda, cuda:N"),
+         f"--device {cfg.device} is not here (torch sees {gpus} GPUs): choose cpu or cuda:N"),
         (not re.fullmatch(r"\d+(,\d+)*", cfg.steps),
          f"--steps {cfg.steps} must be numbers with commas between, as in 12,6,3"),
         (cfg.updates > 0 and cfg.temperature == 0,
-         "--temperature 0 is greedy, all rollouts of a group would be equal: train at 1.0 or so"),
-        (cfg.k > cfg.m, f"--k {cfg.k} is more than the --m {cfg.m} steps of a rollout: use k < m"),
+         "--temperature 0 is greedy, all rollouts of a group would be equal: train at 1.0"),
+        (cfg.k > cfg.m, f"--k {cfg.k} is more than the --m {cfg.m} steps of a rollout"),
         (cfg.beta > 0 and not cfg.lora_r, "--beta needs adapters to switch off: --lora_r 32"),
         (cfg.adapter and not cfg.lora_r, "--adapter needs --lora_r above 0"),
         (not cfg.lora_r and cfg.dtype != "float32",
@@ -1164,12 +1170,12 @@ def check(cfg, typed):
 
 
 def find_task(name):
-    """The name of a task in tasks.TASKS; FILE.py is imported and names the first it registers."""
+    """The name of a task in tasks.TASKS. FILE.py is imported: the first one it registers."""
     if name in tasks.TASKS:
         return name
     if not name.endswith(".py"):
-        raise UserError(f"--task {name} is unknown: choose from {', '.join(tasks.TASKS)}, or give "
-                        "a FILE.py that registers one")
+        raise UserError(f"--task {name} is unknown: choose from {', '.join(tasks.TASKS)}, or a "
+                        "FILE.py that registers one")
     before = dict(tasks.TASKS)
     import_file(name, "--task")
     new = [task for task in tasks.TASKS if tasks.TASKS[task] is not before.get(task)]
@@ -1227,16 +1233,16 @@ def folder_of_my_own(out):
         tempfile.TemporaryFile(dir=out).close()
         handle = os.open(out, os.O_RDONLY)
     except OSError as e:
-        raise UserError(f"--out {out} cannot be written to ({e.strerror}): choose another") from e
+        raise UserError(f"--out {out} cannot be written to ({e.strerror})") from e
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise UserError(f"--out {out} is in use by another run: wait, or choose another") from None
+        raise UserError(f"--out {out} is in use by another run: choose another") from None
     finally:
         os.close(handle)
         with contextlib.suppress(OSError):
-            out.rmdir()                                         # gone again if nothing was written
+            out.rmdir()                                         # if nothing was written
 
 
 def fingerprint(model):
@@ -1303,7 +1309,8 @@ def cut(text, width=100):
 def header(cfg, policy, *sources):
     """Versions, device, what differs from the defaults, and the counts that follow."""
     plain, cpu = asdict(Config()), torch.device(cfg.device).type == "cpu"
-    where = f"{torch.get_num_threads()} threads" if cpu else torch.cuda.get_device_name(cfg.device)
+    where = f"{torch.get_num_threads()} threads"
+    where = where if cpu else torch.cuda.get_device_name(cfg.device)
     say(f"AGRPO | {', '.join(f'{name} {v}' for name, v in versions().items())} | {cfg.device}, "
         f"{where}, {processes()[1]} process(es) | seed {cfg.seed} | {cfg.out}")
     changed = [f"{name} {value}" for name, value in asdict(cfg).items() if value != plain[name]]
@@ -1311,7 +1318,7 @@ def header(cfg, policy, *sources):
         say("    " + ", ".join(changed[i:i + 7]))
     say("\n".join(policy.notes))
     say(f"{cfg.questions} questions x G {cfg.G} = {cfg.questions * cfg.G} rollouts an update, "
-        f"{cfg.how.W} tokens a step; {cfg.m} forwards write one, at most k = {cfg.k} learn from it")
+        f"{cfg.how.W} tokens a step; {cfg.m} forwards write one, k = {cfg.k} learn from it")
     say(f"training: {sources[0]}\nheld out: {sources[1]}")
 
 
@@ -1365,8 +1372,8 @@ def console(now, sample, state, cfg, left):
         state["samples"].append(dict(update=now["update"], **sample))
         for name, key in (("prompt", "prompt"), ("half-way", "half"), ("answer", "text")):
             say(f"    {name:10s} {cut(sample[key])}")
-        say(f"    {'checker':10s} read {cut(sample['parsed'], 40)!r}: {cut(sample['reason'], 40)}, "
-            f"reward {sample['reward']:.2f}")
+        verdict = f"{cut(sample['reason'], 40)}, reward {sample['reward']:.2f}"
+        say(f"    {'checker':10s} read {cut(sample['parsed'], 40)!r}: {verdict}")
         say("".join(f"{name:>{width}}" for name, width in COLUMNS.items()))
     state["lines"] += 1
     values = [f"{now['update']}/{cfg.updates}", f"{now['reward']:.2f}", f"{now['correct']:.0%}",
@@ -1386,14 +1393,14 @@ def warnings(now, past):
     H_first, clipped = past[0]["entropy"] if past else 0.0, now["clip_low"] + now["clip_high"]
     spike = len(norms) >= 10 and 10 * norms[len(norms) // 2] < norm < math.inf
     signs = dict(
-        broken=(not math.isfinite(norm), "this gradient is not finite, the update changed nothing"),
+        broken=(not math.isfinite(norm), "a gradient that is not finite: it changed nothing"),
         spike=(spike, f"gradient norm {norm:.3g} is over 10 times its median: k too small, or "
                       "weights without a bound"),
         entropy=(H < 0.05 * H_first, f"entropy {H:.3g} fell from {H_first:.3g}: the policy has "
                                      "stopped exploring; lower --lr, or stop here"),
         eos=(late > 0.9, f"{late:.0%} of the last steps' tokens are EOS: shorten --C or "
                          "--block_length"),
-        dead=(dead > 0.8, f"{dead:.0%} of the groups are dead (all rewards equal): problems too "
+        dead=(dead > 0.8, f"{dead:.0%} of the groups are dead, all rewards equal: problems too "
                           "easy or too hard, or --G too small"),
         clip=(clipped > 0.3, f"{clipped:.0%} of the tokens are clipped: lower --lr or --mu"))
     return [(kind, sentence) for kind, (shown, sentence) in signs.items() if shown]
@@ -1422,7 +1429,7 @@ def draw_curve(path, history, evals, title):
 # --- a run ------------------------------------------------------------------------------------
 
 class Stop:
-    """Ctrl-C, SIGTERM, SIGHUP: the update in hand is finished and saved; a second one, at once."""
+    """Ctrl-C, SIGTERM, SIGHUP: the update in hand is finished and saved; twice: at once."""
     asked = False
 
     def __enter__(self):
@@ -1469,14 +1476,15 @@ def must_agree(what):
 
 def short_enough(policy, data, cfg, split):
     """The examples whose prompts have at most --max_prompt tokens. Says how many have more."""
-    generated = data.source.startswith("generated")             # the first 100 stand for them all
+    generated = data.source.startswith("generated")             # the first 100 stand for all
     some = [data[i] for i in range(min(len(data), 100) if generated else len(data))]
     _, mask = policy.encode([tasks.TASKS[cfg.task].prompt(example) for example in some])
     length = mask.sum(dim=1).tolist()
     kept = [example for example, n in zip(some, length) if n <= cfg.max_prompt]
-    what = f"{len(some) - len(kept)} of {len(some)} {split} prompts have over {cfg.max_prompt} tokens"
     if len(kept) == len(some):
         return data
+    left_out = len(some) - len(kept)
+    what = f"{left_out} of {len(some)} {split} prompts have over {cfg.max_prompt} tokens"
     if generated or not kept:
         raise UserError(f"{what}, up to {max(length)}: raise --max_prompt")
     say(f"{what}: left out")
@@ -1492,7 +1500,7 @@ def peak_memory(device):
 
 
 def run(cfg):
-    """Train, or go on: a folder with a checkpoint is resumed, to the same numbers. -> exit code"""
+    """Train, or go on where the folder's checkpoint stands, to the same numbers -> exit code"""
     join_processes(cfg)
     with contextlib.ExitStack() as stack:
         if processes()[0] == 0:
@@ -1508,8 +1516,8 @@ def run(cfg):
                       short_enough(policy, data, cfg, "training"))
         state = learn(cfg, policy, data, test, stop)
         if state["update"] < cfg.updates:
-            say(f"stopped after update {state['update']}, which is saved in {cfg.out}; the same "
-                "command goes on")
+            say(f"stopped after update {state['update']}, saved in {cfg.out}; the same command "
+                "goes on")
             return 130
         return finish(cfg, policy, test, state, source)
 
@@ -1580,8 +1588,8 @@ def learn(cfg, policy, data, test, stop):
         if update % cfg.save_every == 0 or update == cfg.updates or stopping or diverged:
             save()
         if diverged:
-            raise UserError("three updates in a row had a gradient that is not finite: start again "
-                            f"with a lower --lr and another --out ({out} has the weights before)")
+            raise UserError("three gradients in a row were not finite: start again with a lower "
+                            f"--lr, another --out ({out} has the weights before)")
         if stopping:
             break
     state["seconds"] = before + time.time() - began
@@ -1640,14 +1648,14 @@ def in_one_sentence(program):
     except FloatingPointError as e:
         sentence = f"{e}: its weights have diverged; start again with a lower --lr"
     except torch.OutOfMemoryError as e:
-        sentence = f"{first_line(e)}: lower --micro_batch and --rollout_batch, or add --recompute"
+        sentence = f"{first_line(e)}: lower --micro_batch and --rollout_batch, or --recompute"
     except ImportError as e:
         sentence = f"{e}: pip install it"
     except BrokenPipeError:
         return 141
     except OSError as e:
-        sentence = (f"cannot write {e.filename or 'the output'} ({e.strerror or e}): make room or "
-                    f"choose another --out; {goes_on}")
+        file = e.filename or "the output"
+        sentence = f"cannot write {file} ({e.strerror or e}): make room, or change --out; {goes_on}"
     except RuntimeError as e:
         lost = re.search("closed by peer|reset by peer|timed? ?out|gloo|nccl", str(e), re.I)
         if not (lost and dist.is_initialized()):
@@ -1664,7 +1672,7 @@ def main(argv=None):
     code = in_one_sentence(lambda: run(parse(argv)))
     if dist.is_initialized():
         if code == 0:
-            dist.barrier()                                      # none leaves while another talks
+            dist.barrier()                                      # none leaves before the others
         dist.destroy_process_group()
     return code
 

@@ -12,8 +12,8 @@ A literal problem of each task, and the text that earns the maximum reward, 4:
 countdown-3to4 and gsm8k-platinum are the same tasks on other data. MATH and multiple choice are
 files of their own, lab/math_task.py and lab/choice_task.py: `--task FILE.py` loads such a file.
 
-`correct` is about content, `format` about tags. Reward = format + 3 x right: a right answer without
-tags earns 3, a wrong one with all its tags 1.
+`correct` is about content, `format` about tags. Reward = format + 3 x right: a right answer
+without tags earns 3, a wrong one with all its tags 1.
 
                 format                                                  right
     countdown   0.5 complete answer tag + 0.5 an expression             1 or 0
@@ -21,10 +21,11 @@ tags earns 3, a wrong one with all its tags 1.
                 + 0.25 the given digits kept                            that are right
     gsm8k       0.5 complete think tag + 0.5 complete answer tag        1 or 0
 
-Left out on purpose: executing anything a model wrote (no eval, here or in a library), recursion on
-its text, credit for reasoning.
+Left out on purpose: executing anything a model wrote (no eval, here or in a library), recursion
+on its text, credit for reasoning.
 """
 import ast
+import contextlib
 import hashlib
 import itertools
 import logging
@@ -40,9 +41,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple, Optional
 
-# ==============================================================================================
-# What every task has
-# ==============================================================================================
+# --- What every task has ----------------------------------------------------------------------
 
 
 class TaskError(ValueError):
@@ -61,24 +60,24 @@ class Grade:
 
 @dataclass(frozen=True)
 class Task:
-    """All that training and evaluation know of a task. Yours: TASKS["mine"] = Task("mine", ...)."""
+    """All that training and evaluation know of a task; TASKS["mine"] = Task(..) adds yours."""
     name: str
     prompt: Callable                   # example -> chat messages
     grade: Callable                    # text, example -> Grade
-    make: Optional[Callable] = None    # (seed, index, split, **options) -> example, if generated
+    make: Optional[Callable] = None    # seed, index, split, **options -> example, if generated
     read: Optional[Callable] = None    # row, split, options -> example; None leaves the row out
-    hub: dict = field(default_factory=dict)        # split -> (data set, configuration, its split)
+    hub: dict = field(default_factory=dict)        # split -> data set, configuration, its split
     part: Optional[Callable] = None    # example, split, options -> does a hub row belong here?
     options: dict = field(default_factory=dict)    # name -> default; each is a flag
-    limits: dict = field(default_factory=dict)     # name -> (smallest, largest)
+    limits: dict = field(default_factory=dict)     # name -> smallest, largest
     key: Optional[Callable] = None     # example -> what train and test may not share
-    grade_batch: Optional[Callable] = None         # texts, examples -> grades, if that is cheaper
+    grade_batch: Optional[Callable] = None         # texts, examples -> grades, where cheaper
 
 
 class Found(NamedTuple):
     """The answer of a text."""
     content: Optional[str]    # None: there is none
-    where: str                # "tag", "open tag" (never closed), "thought", "box" (somewhere in it)
+    where: str                # "tag", "open tag", "thought", "box" (somewhere in the content)
     thought: bool             # was a <think> opened and closed?
 
     @property
@@ -88,14 +87,14 @@ class Found(NamedTuple):
 
 
 # Repeating the instructions is not answering: "<answer></answer>", "\boxed{...}".
-ECHO = re.compile(r"(?:\\boxed|boxed|\\[()\[\]]|[\s.…,:={}$]|your|the|final|answer|here|expression"
-                  r"|target)*")
+ECHO = re.compile(r"(?:\\boxed|boxed|\\[()\[\]]|[\s.…,:={}$]|your|the|final|answer|here"
+                  r"|expression|target)*")
 BRACE = re.compile(r"\\?boxed\s*\{|\\.|[{}]", re.DOTALL)    # \{ is no brace
 LONGEST = 20_000              # boxes are looked for in so many characters at the end of a text
 
 
 def last_answer(text, box=False):
-    """The last complete <answer>; else what follows an unclosed one; else, if box, the last box.
+    """The last complete <answer>; else what follows an unclosed one; else, if box, the boxes.
 
     What a closed <think> holds counts only where nothing else is an answer; a <think> that was
     never closed hides nothing. Returns a Found; linear in the text.
@@ -132,51 +131,6 @@ def boxes(text):
     return found
 
 
-# What a box may not touch, or it is part of something else: -\boxed{18}, \boxed{9}^2, 9 + \boxed{9}
-COMMAND = r"\\(?:times|cdot|div|frac|sqrt|pm)"
-BEFORE = re.compile(rf"(?:[-+−*/^×÷·0-9]|{COMMAND}\{{?)(?:\\?\$|\\[(\[]|[ \t])*$")
-AFTER = re.compile(rf"(?:\\?\$|\\[)\]]|[ \t}})\]])*"
-                   rf"(?:[-+−*/×÷·]\s*[\\({{0-9]|[!^_0-9]|{COMMAND})")
-
-
-def boxed_answer(found):
-    """The content of the last box of an answer, or all of the answer where it has none.
-
-    None where a tag has two different boxes, or where the box is only a part of the answer.
-    """
-    text = found.content
-    closed = boxes(text)
-    if not closed:
-        # \boxed{18</answer>: the tag says where the box ends. \boxed{}18: so it was meant.
-        opened = re.match(r"\s*(?:\\[(\[]|\$)*\s*\\?boxed\s*\{([^{}]*)$", text)
-        meant = opened[1] if opened and found.tagged else re.sub(r"\\?boxed\s*\{\s*\}", "", text)
-        return meant.strip()
-    start, content, end = closed[-1]
-    if found.where != "box" and len({content for _, content, _ in closed}) > 1:
-        return None
-    after = text[end:end + 40]
-    word = re.match(r"[\s$)\\]*(?:text\{)?\s*([A-Za-z]*)", after)[1]
-    part = BEFORE.search(text[max(0, start - 40):start]) or AFTER.match(after)
-    return None if part or changes_value(word, joins=found.where != "box") else content
-
-
-# Words that change a number, plurals and short forms included; and words that join it to another.
-SCALES = set("""k thou thousand mil mln mn million bil bn billion tril tn trillion grand hundred
-    dozen score gross half halve third quarter fourth fifth sixth eighth tenth hundredth thousandth
-    millionth squared cubed factorial double twice triple negative""".split())
-JOINS = set("or and not to plus minus times over point".split())
-
-
-def changes_value(words, joins=True):
-    """Is one of these words more than a unit? A single letter is one if it is m, g, s, h or l."""
-    for word in re.findall("[A-Za-z]+", words):
-        if {word.lower(), word.lower().rstrip("s")} & SCALES or joins and word.lower() in JOINS:
-            return True
-        if len(word) == 1 and word not in "mgshlLa":
-            return True
-    return False
-
-
 def printable(text):
     """With control characters written out, line breaks too: safe to print on a terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
@@ -185,7 +139,8 @@ def printable(text):
 def graded(format, right, reason, parsed, tagged=True, **metrics):
     """The usual Grade. `right` is a share from 0 to 1, and 1 is correct."""
     metrics = {"tagged": float(tagged), **metrics}
-    return Grade(format + 3.0 * right, right == 1, format, reason, printable(parsed[:200]), metrics)
+    parsed = printable(parsed[:200])
+    return Grade(format + 3.0 * right, right == 1, format, reason, parsed, metrics)
 
 
 def chat(rules, question):
@@ -193,9 +148,7 @@ def chat(rules, question):
     return [{"role": "system", "content": rules}, {"role": "user", "content": question}]
 
 
-# ==============================================================================================
-# Countdown: reach the target, every number once
-# ==============================================================================================
+# --- Countdown: reach the target, every number once -------------------------------------------
 
 def in_test(nums, target):
     """One problem in eight is a test problem, whatever the seed, the order and the process."""
@@ -222,8 +175,8 @@ def make_countdown(seed, index, split, numbers, max_number, max_target, division
         wanted = rest == 0 and 1 <= target <= max_target
         if wanted and in_test(nums, target) == (split == "test"):
             return {"nums": nums, "target": target}
-    raise TaskError(f"--numbers {numbers} --max_number {max_number} --max_target {max_target} leave "
-                    f"no {split} problem of countdown: allow larger numbers or targets")
+    raise TaskError(f"--numbers {numbers} --max_number {max_number} --max_target {max_target} "
+                    f"leave no {split} problem of countdown: allow larger numbers or targets")
 
 
 def whole(value):
@@ -245,29 +198,29 @@ def read_countdown(row, split, options):
 
 
 def part_of_3to4(example, split, options):
-    """The hub has one split of 3 and 4 numbers: choose the count, part it as what is generated."""
+    """The hub has one split of 3 and 4 numbers: choose the count, part it as the generated."""
     same_count = len(example["nums"]) == options["numbers"]
     return same_count and in_test(**example) == (split == "test")
 
 
 def countdown_prompt(example):
     numbers, target = " ".join(map(str, example["nums"])), example["target"]
-    return chat("Reach the target from the numbers with + - * / and parentheses, using every number "
-                "exactly once. Think inside <think></think>, then write only the equation, "
-                "expression = target, inside <answer></answer>.\n"
+    return chat("Reach the target from the numbers with + - * / and parentheses, using every "
+                "number exactly once. Think inside <think></think>, then write only the "
+                "equation, expression = target, inside <answer></answer>.\n"
                 "Example: for Numbers: 8 3 6 and Target: 30, write "
                 "<answer>(8 - 3) * 6 = 30</answer>.",
                 f"Numbers: {numbers}\nTarget: {target}")
 
 
-SPELLINGS = {"×": "*", "·": "*", "⋅": "*", r"\times": "*", r"\cdot": "*", "÷": "/", r"\div": "/",
-             "−": "-", "–": "-", r"\left(": "(", r"\right)": ")"}
+SPELLINGS = {"×": "*", "·": "*", "⋅": "*", r"\times": "*", r"\cdot": "*", "÷": "/",
+             r"\div": "/", "−": "-", "–": "-", r"\left(": "(", r"\right)": ")"}
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
              ast.Div: operator.truediv}
 
 
 def expression(text):
-    """The syntax tree of integers, + - * / and parentheses, or None. Python parses, and no more."""
+    """The syntax tree of integers, + - * / and parentheses, or None. Python only parses."""
     for spelling, symbol in SPELLINGS.items():
         text = text.replace(spelling, symbol)
     text = re.sub(r"(?<=[0-9)])\s*\(", "*(", text)       # 7(9 - 4) is 7 * (9 - 4)
@@ -311,7 +264,8 @@ def grade_countdown(text, example):
     if len(answer) <= 500 and (not right or re.fullmatch("-?[0-9]+", "=".join(right))):
         tree = expression(left)
     if tree is None:
-        return graded(format, 0, "not an expression of integers, + - * / ( )", answer, found.tagged)
+        reason = "not an expression of integers, + - * / ( )"
+        return graded(format, 0, reason, answer, found.tagged)
 
     # After this comparison the tree has the problem's numbers only: evaluating it is quick.
     used = Counter(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
@@ -329,17 +283,15 @@ def grade_countdown(text, example):
     return graded(format + 0.5, value == example["target"], reason, answer, found.tagged)
 
 
-# ==============================================================================================
-# Sudoku, 4x4
-# ==============================================================================================
+# --- Sudoku, 4x4 ------------------------------------------------------------------------------
 
 @lru_cache
 def grids():
     """All 288 full grids: a grid is right if and only if it is one of them."""
     rows = ["".join(row) for row in itertools.permutations("1234")]
-    halves = [a + b for a in rows for b in rows if len({*a[:2], *b[:2]}) == 4]    # boxes are full
+    halves = [a + b for a in rows for b in rows if len({*a[:2], *b[:2]}) == 4]    # full boxes
     return [top + bottom for top in halves for bottom in halves
-            if all(len({*top[i::4], *bottom[i::4]}) == 4 for i in range(4))]      # columns are
+            if all(len({*top[i::4], *bottom[i::4]}) == 4 for i in range(4))]      # and columns
 
 
 @lru_cache
@@ -355,9 +307,9 @@ def solutions(puzzle):
 
 
 def make_sudoku(seed, index, split, empties):
-    """Empty the cells of a grid in random order, but for those that keep its solution the only one.
+    """Empty cells of a grid in random order, but for those that keep its solution the only one.
 
-    Drawn again where that ends too early. 4 givens can suffice, 3 never do: at most 12 empty cells.
+    Drawn again where that ends too early. 4 givens can suffice, 3 never do: at most 12 empty.
     """
     rng = random.Random(f"{seed} {index} {split}")
     while True:
@@ -387,8 +339,8 @@ def read_sudoku(row, split, options):
     return {"puzzle": puzzle, "solution": solution}
 
 
-# Of the training grids. Without examples, LLaDA copies the zeros in most of its grids, and almost
-# no rollout earns anything for cells: nothing to learn from.
+# Of the training grids. Without examples LLaDA copies the zeros in most of its grids, and
+# almost no rollout earns anything for cells: nothing to learn from.
 SUDOKU_EXAMPLES = (("0400000212344020", "2413314212344321"),
                    ("3042400010200403", "3142423113242413"),
                    ("2001013032100003", "2341413232141423"))
@@ -401,9 +353,10 @@ def sudoku_question(puzzle):
 def sudoku_prompt(example):
     worked = "\n\n".join(f"{sudoku_question(puzzle)}\n<answer>{solution}</answer>"
                          for puzzle, solution in SUDOKU_EXAMPLES)
-    return chat("Complete the 4x4 Sudoku: every row, column and 2x2 box holds 1, 2, 3 and 4; 0 marks "
-                "an empty cell. Think inside <think></think>, then write only the 16 digits of the "
-                f"full grid, row by row, inside <answer></answer>. Three examples:\n\n{worked}",
+    return chat("Complete the 4x4 Sudoku: every row, column and 2x2 box holds 1, 2, 3 and 4; 0 "
+                "marks an empty cell. Think inside <think></think>, then write only the 16 "
+                "digits of the full grid, row by row, inside <answer></answer>. Three examples:"
+                f"\n\n{worked}",
                 sudoku_question(example["puzzle"]))
 
 
@@ -413,9 +366,10 @@ def grade_sudoku(text, example):
     found = last_answer(text)
     grid, format = "".join((found.content or "").split()), 0.5 * found.tagged
     if not re.fullmatch("[1-4]{16}", grid):
-        return graded(format, 0, "not sixteen digits 1-4", grid, found.tagged, cell_accuracy=0.0)
+        reason = "not sixteen digits 1-4"
+        return graded(format, 0, reason, grid, found.tagged, cell_accuracy=0.0)
     format += 0.25 + 0.25 * kept(puzzle, grid)
-    correct = kept(puzzle, grid) and grid in grids()    # any, should a puzzle of a file have several
+    correct = kept(puzzle, grid) and grid in grids()    # any, if a puzzle of a file has several
     empty = [cell for cell in range(16) if puzzle[cell] == "0"]
     share = sum(grid[cell] == solution[cell] for cell in empty) / max(1, len(empty))
     share = 1.0 if correct else share
@@ -425,9 +379,7 @@ def grade_sudoku(text, example):
     return replace(grade, correct=correct)
 
 
-# ==============================================================================================
-# GSM8K: one number
-# ==============================================================================================
+# --- GSM8K: one number ------------------------------------------------------------------------
 
 def gsm8k_gold(answer):
     """"... #### 18" -> "18". A number, 18 or 27.0, is fine too."""
@@ -445,9 +397,55 @@ def read_gsm8k(row, split, options):
 
 
 def question_prompt(example):
-    return chat("Solve the mathematics problem. Think step by step inside <think></think>, then "
-                r"write only the final answer, in \boxed{}, inside <answer></answer>.",
+    return chat("Solve the mathematics problem. Think step by step inside <think></think>, "
+                r"then write only the final answer, in \boxed{}, inside <answer></answer>.",
                 example["question"])
+
+
+# What a box may not touch, or it is a part only: -\boxed{18}, \boxed{9}^2, 9 + \boxed{9}
+COMMAND = r"\\(?:times|cdot|div|frac|sqrt|pm)"
+BEFORE = re.compile(rf"(?:[-+−*/^×÷·0-9]|{COMMAND}\{{?)(?:\\?\$|\\[(\[]|[ \t])*$")
+AFTER = re.compile(rf"(?:\\?\$|\\[)\]]|[ \t}})\]])*"
+                   rf"(?:[-+−*/×÷·]\s*[\\({{0-9]|[!^_0-9]|{COMMAND})")
+
+
+def boxed_answer(found):
+    """The content of the last box of an answer, or all of the answer where it has none.
+
+    None where a tag has two different boxes, or where the box is only a part of the answer.
+    """
+    text = found.content
+    closed = boxes(text)
+    if not closed:
+        # \boxed{18</answer>: the tag says where the box ends. \boxed{}18: so it was meant.
+        opened = re.match(r"(?:\\[(\[]|[\s$])*\\?boxed\s*\{([^{}]*)$", text)
+        if opened and found.tagged:
+            return opened[1].strip()
+        return re.sub(r"\\?boxed\s*\{\s*\}", "", text).strip()
+    start, content, end = closed[-1]
+    if found.where != "box" and len({content for _, content, _ in closed}) > 1:
+        return None
+    after = text[end:end + 40]
+    word = re.match(r"[\s$)\\]*(?:text\{)?\s*([A-Za-z]*)", after)[1]
+    part = BEFORE.search(text[max(0, start - 40):start]) or AFTER.match(after)
+    return None if part or changes_value(word, joins=found.where != "box") else content
+
+
+# Words that change a number, plurals and short forms included; and words that join two.
+SCALES = set("""k thou thousand mil mln mn million bil bn billion tril tn trillion grand hundred
+    dozen score gross half halve third quarter fourth fifth sixth eighth tenth hundredth
+    thousandth millionth squared cubed factorial double twice triple negative""".split())
+JOINS = set("or and not to plus minus times over point".split())
+
+
+def changes_value(words, joins=True):
+    """Is one of these words more than a unit? Of single letters, m, g, s, h and l are units."""
+    for word in re.findall("[A-Za-z]+", words):
+        if {word.lower(), word.lower().rstrip("s")} & SCALES or joins and word.lower() in JOINS:
+            return True
+        if len(word) == 1 and word not in "mgshlLa":
+            return True
+    return False
 
 
 INTEGER = r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
@@ -490,9 +488,7 @@ def grade_gsm8k(text, example):
     return graded(format, right, f"number {value}", content, found.tagged)
 
 
-# ==============================================================================================
-# The table
-# ==============================================================================================
+# --- The table --------------------------------------------------------------------------------
 
 TASKS = {task.name: task for task in (
     Task("countdown", countdown_prompt, grade_countdown, make_countdown, read_countdown,
@@ -515,8 +511,8 @@ TASKS["gsm8k-platinum"] = replace(TASKS["gsm8k"], name="gsm8k-platinum", hub={
 
 def find_task(name):
     if name not in TASKS:
-        raise TaskError(f"--task {name} is unknown: choose one of {', '.join(TASKS)}, or a file that "
-                        "registers a task, as lab/math_task.py does")
+        raise TaskError(f"--task {name} is unknown: choose one of {', '.join(TASKS)}, or a "
+                        "file that registers a task, as lab/math_task.py does")
     return TASKS[name]
 
 
@@ -531,21 +527,19 @@ def grade_batch(name, texts, examples):
         return [task.grade(text, example) for text, example in zip(texts, examples)]
     grades = list(task.grade_batch(texts, examples))
     if len(grades) != len(texts):
-        raise TaskError(f"grade_batch of task {name} returned {len(grades)} grades for {len(texts)} "
-                        "texts: it must return one for each, in their order")
+        raise TaskError(f"grade_batch of task {name} returned {len(grades)} grades for "
+                        f"{len(texts)} texts: it must return one for each, in their order")
     return grades
 
 
-# ==============================================================================================
-# Data
-# ==============================================================================================
+# --- Data -------------------------------------------------------------------------------------
 
 SIZES = {"train": 100_000, "test": 1_000}   # of a generated split; each is made when asked for
 HUB_SECONDS = 3.0                           # to find out whether the hub is there
 
 
 class Examples(Sequence):
-    """A sequence of dicts; `source` says where they are from and is printed with every result."""
+    """A sequence of dicts; `source` says where they are from, beside every result."""
 
     def __init__(self, get, size, source):
         self.get, self.size, self.source = get, size, source
@@ -571,9 +565,9 @@ def key(task, example):
 def load(name, split, seed=0, file=None, size=None, held_out=(), **options):
     """The examples of split "train" or "test": a sequence of dicts with a `source`.
 
-    Example i of a generated task is a function of (seed, i, options); a file or the hub keeps its
-    order. held_out: the test examples; training examples that share a problem with them are left
-    out, or drawn again. Raises TaskError.
+    Example i of a generated task is a function of (seed, i, options); a file or the hub keeps
+    its order. held_out: the test examples; training examples that share a problem with them are
+    left out, or drawn again. Raises TaskError.
     """
     task, known = find_task(name), set()
     options = checked_options(task, options)
@@ -594,8 +588,9 @@ def load(name, split, seed=0, file=None, size=None, held_out=(), **options):
         try:
             example = task.read(row, split, options)
         except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            why = str(error) if isinstance(error, ValueError) else f"wrong or missing field, {error}"
-            raise TaskError(f"{source}, row {number} is no row of task {name}: {why}") from error
+            why = "" if isinstance(error, ValueError) else "a field is wrong or missing: "
+            raise TaskError(f"{source}, row {number} is no row of task {name}: "
+                            f"{why}{first_line(error)}") from error
         if example is None or not file and task.part and not task.part(example, split, options):
             unwanted += 1
         elif known and key(task, example) in known:
@@ -603,8 +598,8 @@ def load(name, split, seed=0, file=None, size=None, held_out=(), **options):
         else:
             examples.append(example)
     if not examples:
-        raise TaskError(f"{source} has no {split} rows for task {name}: {unwanted} left out by its "
-                        f"options, {shared} because they are test problems")
+        raise TaskError(f"{source} has no {split} rows for task {name}: {unwanted} left out by "
+                        f"its options, {shared} because they are test problems")
     source += f", {unwanted} rows left out by the task's options" if unwanted else ""
     if split == "train":
         source += (f", {shared} rows left out because they are test problems" if known
@@ -619,8 +614,8 @@ def generated(task, split, seed, size, known, options):
             example = task.make(f"{seed}{other}", i, split, **options)
             if not known or key(task, example) not in known:
                 return example
-        raise TaskError(f"the test problems leave no training problem of {task.name}: give fewer "
-                        "test problems, or --train_file")
+        raise TaskError(f"the test problems leave no training problem of {task.name}: give "
+                        "fewer test problems, or --train_file")
 
     make(0)    # options that leave no problem are refused here, not in the first step
     if split == "train":
@@ -642,12 +637,12 @@ def checked_options(task, options):
     for name, value in options.items():
         if name not in task.options:
             flags = ", ".join(f"--{option}" for option in task.options) or "none"
-            raise TaskError(f"--{name} is not an option of task {task.name}; its options: {flags}")
+            raise TaskError(f"--{name} is no option of task {task.name}; its options: {flags}")
         kind = type(task.options[name])
         low, high = task.limits.get(name, (value, value))
         if type(value) is not kind or not low <= value <= high:
-            raise TaskError(f"--{name} {value!r} cannot work: {task.name} takes a {kind.__name__} "
-                            f"from {low} to {high}")
+            raise TaskError(f"--{name} {value!r} cannot work: {task.name} takes a "
+                            f"{kind.__name__} from {low} to {high}")
     return {**task.options, **options}
 
 
@@ -655,43 +650,51 @@ def first_line(error):
     return printable(" ".join((str(error) or type(error).__name__).split())[:200])
 
 
+@contextlib.contextmanager
+def offline(wanted):
+    """Without a hub its client retries for half a minute; offline it uses the cache, or fails."""
+    import datasets
+    import huggingface_hub
+    switches = (datasets.config, huggingface_hub.constants)
+    before = [module.HF_HUB_OFFLINE for module in switches]
+    try:
+        for module in switches:
+            module.HF_HUB_OFFLINE = wanted or module.HF_HUB_OFFLINE
+        yield datasets
+    finally:
+        for module, value in zip(switches, before):
+            module.HF_HUB_OFFLINE = value
+
+
 def read_file(split, file):
     """The rows of a JSONL, CSV or parquet file, read by `datasets` without its cache."""
-    import datasets
     path, source = Path(file), f"--{split}_file {file}"
-    kind = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
-    if kind is None or not path.is_file():
+    kind = path.suffix[1:].replace("jsonl", "json")
+    if kind not in ("json", "csv", "parquet") or not path.is_file():
         raise TaskError(f"{source} is no such file: give a .jsonl, .csv or .parquet file")
     # All columns of a CSV stay text, or 0302 would become 302.
     text = {"keep_default_na": False, "converters": dict.fromkeys(range(100), str)}
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)    # what it logs is in our sentence
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)    # our sentence says it
     try:
         if kind == "json" and path.open("rb").read(100).lstrip()[:1] == b"[":
             raise ValueError("line 1 is an array, write one object a line")
-        rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True,
-                                     **(text if kind == "csv" else {}))
-        return list(rows), source
+        with offline(True) as datasets:    # it would count the use of its readers at the hub
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True,
+                                         **(text if kind == "csv" else {}))
+            return list(rows), source
     except Exception as error:    # datasets raises what a dozen readers raise
         raise TaskError(f"{source} cannot be read: {first_line(error)}") from error
 
 
 def read_hub(split, name, configuration, hub_split):
     """The rows of a data set of the hub, or of its copy in the cache."""
-    import datasets
     import huggingface_hub
-    switches = (datasets.config, huggingface_hub.constants)
-    before = [module.HF_HUB_OFFLINE for module in switches]
     try:
-        if not hub_answers(huggingface_hub):
-            for module in switches:    # what is cached still loads; the rest fails, without retries
-                module.HF_HUB_OFFLINE = True
-        data = datasets.load_dataset(name, configuration, split=hub_split)
+        with offline(not hub_answers(huggingface_hub)) as datasets:
+            data = datasets.load_dataset(name, configuration, split=hub_split)
     except Exception as error:    # no network, no such id, a full disk: the same way out
         raise TaskError(f"{name} ({hub_split} split) did not load from the hub, "
                         f"{first_line(error)}: give --{split}_file") from error
-    finally:
-        for module, value in zip(switches, before):
-            module.HF_HUB_OFFLINE = value
     return data.to_list(), " ".join(filter(None, (name, configuration, hub_split)))
 
 
@@ -700,11 +703,9 @@ def hub_answers(huggingface_hub):
     answers = []
 
     def ask():
-        try:
+        with contextlib.suppress(Exception):    # whatever it is, the hub did not answer
             url = huggingface_hub.constants.ENDPOINT
             answers.append(huggingface_hub.get_session().head(url, timeout=HUB_SECONDS))
-        except Exception:    # whatever it is, the hub did not answer
-            pass
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_SECONDS)

@@ -1,10 +1,10 @@
-"""Multiple choice, a task of one's own: `python agrpo.py --task lab/choice_task.py --preset llada`.
+"""Multiple choice, tasks of one's own: `agrpo.py --task lab/choice_task.py --preset llada`.
 
     {"question": "Where do fish live?", "choices": ["sand", "water"], "answer": "B"}
     <think>gills</think><answer>B</answer>
 
-CommonsenseQA (`commonsense_qa`) and HellaSwag (`hellaswag`): a prompt, a grader, a reader of rows
-each, and an entry in tasks.TASKS.
+CommonsenseQA (`commonsense_qa`) and HellaSwag (`hellaswag`): a prompt, a grader, a reader of
+rows each, and an entry in tasks.TASKS.
 """
 import re
 import string
@@ -17,13 +17,15 @@ import tasks
 
 
 def prompt(example):
-    lines = [f"{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, example["choices"])]
-    return tasks.chat("Choose the best answer. Think inside <think></think>, then write only its letter "
-                      "inside <answer></answer>.", "\n".join([example["question"], *lines]))
+    lettered = zip(string.ascii_uppercase, example["choices"])
+    lines = [f"{letter}. {choice}" for letter, choice in lettered]
+    return tasks.chat("Choose the best answer. Think inside <think></think>, then write only "
+                      "its letter inside <answer></answer>.",
+                      "\n".join([example["question"], *lines]))
 
 
 def letter_of(answer, choices):
-    """B, b, (B), \\boxed{B}, "B. water": the letter of one choice. None: it is no letter, or two."""
+    """B, b, (B), \\boxed{B}, "B. water": the letter of one choice, or None."""
     answer = re.sub(r"\\boxed\s*\{(.*)\}", r"\1", answer.strip(), flags=re.DOTALL).strip(" $")
     answer = re.sub(r"^\\text\s*\{(.*)\}$", r"\1", answer)
     match = re.fullmatch(r"\(?([A-Za-z])(?:[).:]+(?:\s+(\S.*))?)?", answer)
@@ -49,7 +51,7 @@ def grade(text, example):
 
 def checked(question, choices, letter):
     if letter not in tuple(string.ascii_uppercase[:len(choices)]):
-        raise ValueError(f"the answer {letter!r} is not the letter of one of {len(choices)} choices")
+        raise ValueError(f"{letter!r} is not the letter of one of {len(choices)} choices")
     return {"question": question.strip(), "choices": choices, "answer": letter}
 
 
@@ -65,11 +67,12 @@ def read_hellaswag(row, split, options):
     return checked("Which sentence goes on best? " + row["ctx"], list(row["endings"]), letter)
 
 
-# The test splits of both are published without answers; the validation split is what others report.
+# The test splits of both are published without answers: the validation splits stand for them.
 tasks.TASKS["commonsense_qa"] = tasks.Task(
     "commonsense_qa", prompt, grade, read=read_commonsense_qa,
     hub={"train": ("tau/commonsense_qa", None, "train"),
          "test": ("tau/commonsense_qa", None, "validation")})
 tasks.TASKS["hellaswag"] = replace(
     tasks.TASKS["commonsense_qa"], name="hellaswag", read=read_hellaswag,
-    hub={"train": ("Rowan/hellaswag", None, "train"), "test": ("Rowan/hellaswag", None, "validation")})
+    hub={"train": ("Rowan/hellaswag", None, "train"),
+         "test": ("Rowan/hellaswag", None, "validation")})

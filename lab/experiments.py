@@ -103,8 +103,9 @@ class Lab:
                             result=result)
                 # Through JSON, so that a result just found is what a later run will read.
                 text = agrpo.to_json(line).decode()
+                cut = path.exists() and not path.read_text().endswith("\n")    # by a kill
                 with open(path, "a") as f:
-                    f.write(text)
+                    f.write("\n" * cut + text)
                 done[keys[i]] = json.loads(text)["result"]
                 print(f"    piece {n} of {len(missing)}: {line['what']}, {seconds:.0f} s",
                       file=sys.stderr, flush=True)
@@ -333,7 +334,7 @@ def variance_cell(cfg, ms, draws):
 def variance(lab):
     """Relative variance of the estimate against the exact gradient of all steps, for every
     timestep sampler, k and m; of all parameters of the base model, and LoRA after --updates."""
-    ms, draws = dict(countdown=(4, 6, 12), sudoku=(4, 5, 10)), 50 if lab.quick else 1000
+    ms, draws = dict(countdown=(4, 6, 12), sudoku=(4, 5, 10)), 20 if lab.quick else 300
     hard = dict(sudoku=dict(unmasking="random"))      # by max_prob most groups are right: dead
     kinds = {"base model": dict(lora_r=0), f"after {lab.config().updates} updates": {}}
     results = lab.over_seeds(variance_cell, {
@@ -607,8 +608,8 @@ def accuracy_at_every_m(cfg, train):
     policy, data, test, params, optimizer = load(cfg)
     for _ in agrpo.train(policy, data, cfg, params, optimizer) if train else ():
         pass
-    return [(how.m, name == "greedy", agrpo.evaluate(policy, test, cfg, how, cfg.eval_n))
-            for name, how in cfg.cells()]
+    return [(how.m, how.temperature == 0, agrpo.evaluate(policy, test, cfg, how, cfg.eval_n))
+            for _, how in cfg.cells()]
 
 
 @experiment("5 minutes", "--updates 150 --eval_n 500", "--updates 2 --questions 3 --eval_n 20")
@@ -623,8 +624,8 @@ def steps(lab):
                       for found in lab.pieces(accuracy_at_every_m, calls) if found)
     lab.note(f"held-out accuracy against denoising steps; {cfg.task}, C = {cfg.C}, n = {n}; "
              f"base: 95 % interval; trained at m = {cfg.m}, {len(trained)} adapters: mean "
-             "[lowest, highest]. faster: how many times more steps the base needs to be as accurate; "
-             "surely: the same for the upper end of its interval and the lowest adapter")
+             "[lowest, highest]. faster: how many times more steps the base needs to be as "
+             "accurate; surely: so for the upper end of its interval and the lowest adapter")
     panels = {}
     for greedy, way in ((True, "greedy"), (False, "sampled")):
         rows, ms = [], sorted(m for m, g in base if g == greedy)
@@ -674,7 +675,7 @@ def cost(lab):
 # Pictures that explain, and finished runs in one picture
 # ==============================================================================================
 
-def some_rollout(cfg, which=3):
+def some_rollout(cfg, which=22):
     """policy, trajectory of one problem, the row to show, its title"""
     policy, _, test, *_ = load(cfg)
     keys = [(cfg.seed, "picture", i) for i in range(cfg.G)]

@@ -120,7 +120,7 @@ def angle_dots(found):
 
 
 def accuracy_dots(found, base):
-    """{task: {name: accuracy per seed}}: a dot per seed, best on top; dashed: the base model."""
+    """{task: {name: accuracy per seed}}: a dot per seed, best on top; dashed: the base."""
     def draw(fig):
         axes = fig.subplots(1, len(found), squeeze=False)[0]
         for ax, (task, runs) in zip(axes, found.items()):
@@ -175,7 +175,7 @@ def bare(ax, width, height):
 
 
 def rollout_grid(traj, row, names, p, drawn, title):
-    """Steps x positions of one rollout: what each step drew and how likely it was; beside it p_t.
+    """Steps x positions of one rollout: what each step drew, how likely it was; beside it p_t.
 
     p (m,); drawn {step: w}: the steps that are scored. Darker: the token was less likely.
     """

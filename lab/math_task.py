@@ -3,14 +3,14 @@ r"""MATH, a task of one's own: `python agrpo.py --task lab/math_task.py --preset
     {"question": "Simplify $\\sqrt{50}$.", "answer": "5\\sqrt{2}"}
     <think>25 x 2</think><answer>\boxed{5\sqrt{2}}</answer>
 
-Are two formulas equal? math-verify reads LaTeX, sympy computes, and what they forgive and a grader
-must not is decided here: lists, brackets, equations, bases, numbers that agree to 15 digits only.
-Whatever cannot be decided exactly is unequal.
+Are two formulas equal? math-verify reads LaTeX, sympy computes, and what they forgive and a
+grader must not is decided here: lists, brackets, equations, bases, numbers that agree to 15
+digits only. Whatever cannot be decided exactly is unequal.
 
-sympy never ends on \boxed{9^{9^{9^{9}}}}, and math-verify's own timeout works in the main thread
-only. So a child process computes, and the kernel kills it where one answer takes too long. It is
-started by exec (a fork of a process with torch's threads can hang), it is this file run as a script,
-and it ends when its input does, so it never outlives its parent. POSIX only.
+sympy never ends on \boxed{9^{9^{9^{9}}}}, and math-verify's own timeout works in the main
+thread only. So a child process computes, with a limit of processor time for each answer. It is
+started by exec (a fork of a process with torch's threads can hang), it is this file run as a
+script, and it ends when its input does, so it never outlives its parent. POSIX only.
 """
 import atexit
 import contextlib
@@ -32,11 +32,9 @@ import tasks
 ANSWER_SECONDS = 2      # of processor time for one answer, whatever else the machine does
 SILENCE = 60            # seconds of the clock after which a child that says nothing is given up
 
-# ==============================================================================================
-# From LaTeX to pieces: what needs no algebra
-# ==============================================================================================
+# --- From LaTeX to pieces: what needs no algebra ----------------------------------------------
 
-# Notation of which a parser reads a part only ("3 \approx 4" as 3): not in an answer unless in the gold
+# Of this a parser reads a part only ("3 \approx 4" as 3): not in an answer unless in the gold
 HALF_READ = re.compile(r"\\approx|\\equiv|\\[lc]?dots|\.\.\.|"
                        r"(?<!frac)(?<!frac )[0-9](?:\s|\\q?quad|~|'|\")+[0-9]")
 NAME = r"\\?[A-Za-z]+(?:_\w|_\{\w+\})?(?:\([A-Za-z]\))?"
@@ -44,17 +42,20 @@ NAMES = re.compile(rf"{NAME}|\({NAME}(?:,{NAME})+\)")
 BASE = re.compile(r"([0-9A-Fa-f]+)_\{?([0-9]+)\}?")
 TEXT = r"\\text\{([^{}]*)\}"
 JOINED = re.compile(r",|\\text\{,? ?(?:or|and),? ?\}| (?:or|and) ")
-ORDER = re.compile(r"\b(?:ascending|descending|increasing|decreasing|(?:least|smallest|lowest) to|"
-                   r"(?:greatest|largest|highest) to|in order|ordered)\b", re.IGNORECASE)
+ORDER = re.compile(r"\b(?:ascending|descending|increasing order|decreasing order|in order"
+                   r"|ordered|(?:least|smallest|lowest|greatest|largest|highest) to)\b",
+                   re.IGNORECASE)
 
 
 def plain(tex):
-    """A formula without layout: dollars, spacing commands, \\left, degrees, percent, a full stop."""
-    tex = tex.replace("−", "-").replace("≤", r"\le ").replace("≥", r"\ge ").replace("∞", r"\infty ")
+    """A formula without layout: dollars, spacing, \\left, degrees, percent, a full stop."""
+    for symbol, command in {"−": "-", "≤": r"\le ", "≥": r"\ge ", "∞": r"\infty "}.items():
+        tex = tex.replace(symbol, command)
     tex = re.sub(r",\s*\\!\s*(?=[0-9]{3})|\{,\}(?=[0-9]{3})", "", tex)      # 10,\!000
     tex = re.sub(r"\\[()\[\]](?!.*\\\\)|\\?\$|\\?%", " ", tex)
-    tex = re.sub(r"(\\\\)|\\[,;: ]|~", lambda space: space[1] or " ", tex)  # two start a matrix row
-    tex = re.sub(r"\\(?:left|right|displaystyle|big|Big)(?![A-Za-z])|\\!|\^\{?\\circ\}?", "", tex)
+    tex = re.sub(r"(\\\\)|\\[,;: ]|~", lambda space: space[1] or " ", tex)    # not \\\\
+    tex = re.sub(r"\\(?:left|right|displaystyle|big|Big)(?![A-Za-z])", "", tex)
+    tex = re.sub(r"\\!|\^\{?\\circ\}?", "", tex)
     tex = re.sub(r"\\[dt]frac", r"\\frac", tex)
     tex = re.sub(r"\\(?:mbox|textrm|textbf|mathrm|textit)(?![A-Za-z])\s*", r"\\text", tex)
     tex = tex.replace("<=", r"\le ").replace(">=", r"\ge ").strip().removesuffix(".").strip()
@@ -67,21 +68,21 @@ def plain(tex):
 
 
 def without_units(tex, gold):
-    r"""5\text{ cm}^2 and, for a gold without letters, 5 cm -> 5. No single letter: 5m is a product."""
+    r"""5\text{ cm}^2 and, for a gold without letters, 5 cm -> 5. But 5m is a product."""
     unit = re.search(rf"(?<=[0-9}}A-Za-z)]) ?{TEXT}(?:\^\{{?[23]\}}?)?$", tex)
     if unit is None and not re.search("[A-Za-z]", re.sub(rf"{TEXT}|\\[A-Za-z]+", "", gold)):
-        unit = re.search(r"(?<=[0-9}]) ?([A-Za-z]{2,}(?: [A-Za-z]+){0,3})(?:\^\{?[23]\}?)?$", tex)
-        if unit and not re.match("[ }]", tex[unit.start():]) and "\\" in tex[:unit.start()][-8:]:
-            unit = None                                     # the end of a command
+        unit = re.search(r"(?<=[0-9}]) ?([A-Za-z]{2,}(?: [A-Za-z]+){0,3})"
+                         r"(?:\^\{?[23]\}?)?$", tex)
     if unit is None or tasks.changes_value(unit[1]):
         return tex
     return tex[:unit.start()]
 
 
 def words(tex):
-    """The letters of \\text{(B)} or of Evelyn; "" for a formula."""
+    """The letters of \\text{(B)} or of Evelyn; "" for a formula, as p-q is."""
     bare = re.sub(TEXT, r"\1", tex).strip("() .")
-    spelled = r"[A-Za-z]+(?:[ '-]+[A-Za-z]+)*" if r"\text" in tex else r"[A-Za-z]+(?: [A-Za-z]+)*"
+    between = "[ '-]+" if r"\text" in tex else " "
+    spelled = f"[A-Za-z]+(?:{between}[A-Za-z]+)*"
     return bare.casefold() if re.fullmatch(spelled, bare) else ""
 
 
@@ -125,12 +126,10 @@ def objection(gold, answer):
     return ""
 
 
-# ==============================================================================================
-# Equality, in the child
-# ==============================================================================================
+# --- Equality, in the child -------------------------------------------------------------------
 
 def parse(tex):
-    """One sympy object. LaTeX only: the other extractor of math-verify hands the text to an eval."""
+    """One sympy object. LaTeX only: math-verify's other extractor hands the text to an eval."""
     import math_verify
     import sympy
     from latex2sympy2_extended import NormalizationConfig
@@ -140,7 +139,8 @@ def parse(tex):
     parsed = math_verify.parse(rf"\boxed{{{tex}}}", [how], fallback_mode="no_fallback",
                                parsing_timeout=None)[0]
     if parsed.has(sympy.Float):    # a decimal is exactly what it says
-        parsed = parsed.replace(lambda e: isinstance(e, sympy.Float), lambda e: sympy.Rational(str(e)))
+        parsed = parsed.replace(lambda part: isinstance(part, sympy.Float),
+                                lambda part: sympy.Rational(str(part)))
     return parsed.subs(sympy.Symbol("i"), sympy.I) if isinstance(parsed, sympy.Expr) else parsed
 
 
@@ -167,7 +167,7 @@ def same_value(gold, answer):
 
 
 def as_set(tex):
-    """An inequality, an interval or a union of both, as a sympy set. None: it is something else."""
+    """An inequality, an interval or a union of both, as a sympy set; None for anything else."""
     import sympy
     whole = sympy.EmptySet
     for piece in [part for piece in split(tex) for part in piece.split(r"\cup")]:
@@ -178,7 +178,8 @@ def as_set(tex):
                 return None
             whole |= relation.as_set()
         elif len(ends) == 2:
-            whole |= sympy.Interval(parse(ends[0]), parse(ends[1]), piece[0] == "(", piece[-1] == ")")
+            open_ends = piece[0] == "(", piece[-1] == ")"
+            whole |= sympy.Interval(*map(parse, ends), *open_ends)
         else:
             return None
     return whole
@@ -208,8 +209,9 @@ def equal(gold, answer, ordered=False):
 
     # Inequalities and unions of intervals
     if any(re.search(r"<|>|\\[lg]e(?![A-Za-z])|\\cup", tex) for tex in (gold, answer)):
-        if "=" not in gold and len(answer.split("=")) == 2 and NAMES.fullmatch(answer.split("=")[0]):
-            answer = answer.split("=")[1]
+        name, equals, value = answer.partition("=")
+        if equals and "=" not in gold + value and NAMES.fullmatch(name):
+            answer = value
         a, b = as_set(gold), as_set(answer)
         return a == b if a is not None and b is not None else same_value(gold, answer)
 
@@ -254,7 +256,7 @@ def equal(gold, answer, ordered=False):
     return same_value(gold, answer)
 
 
-class OutOfTime(Exception):
+class OutOfTime(BaseException):    # or a broad except of sympy would swallow it
     pass
 
 
@@ -263,10 +265,10 @@ def out_of_time(signum, frame):
 
 
 def child():
-    """Read a line of JSON [gold, answer, ordered], write a byte: r ready, 1 equal, 0 not, t too late.
+    """Read lines [gold, answer, ordered], write a byte for each: 1 equal, 0 not, t too late.
 
-    Python code is interrupted after ANSWER_SECONDS of processor time; one long multiplication is
-    not, so one second later the kernel ends the process.
+    Python code is interrupted after ANSWER_SECONDS of processor time. One long multiplication
+    is not, and there the kernel ends the process soon after.
     """
     import resource
     replies = os.dup(1)
@@ -294,9 +296,7 @@ def child():
         os.write(replies, verdict)
 
 
-# ==============================================================================================
-# The parent's side
-# ==============================================================================================
+# --- The parent's side ------------------------------------------------------------------------
 
 class Judge:
     """The child: started with the first question, and again after it was killed."""
@@ -324,8 +324,8 @@ class Judge:
             stdout=subprocess.PIPE, bufsize=0, start_new_session=True)    # spared by Ctrl-C
         if self.reply() != b"r":
             self.close()
-            raise tasks.TaskError("the math-verify process does not start, its message is above: "
-                                  "pip install math-verify")
+            raise tasks.TaskError("the math-verify process does not start, its message is "
+                                  "above: pip install math-verify")
 
     def ask(self, question):
         """True or False; None: no verdict in time."""
@@ -354,12 +354,10 @@ class Judge:
 judge = Judge()
 
 
-# ==============================================================================================
-# The task
-# ==============================================================================================
+# --- The task ---------------------------------------------------------------------------------
 
 def math_gold(answer):
-    """The last box of a written solution ("\\boxed 4" and \\fbox too), or all of a short answer."""
+    """The last box of a solution ("\\boxed 4" and \\fbox too), or all of a short answer."""
     answer = re.sub(r"\\fbox\s*\{", r"\\boxed{", answer)
     answer = re.sub(r"\\boxed\s+([^\s{$.]+)", r"\\boxed{\1}", answer)
     found = tasks.boxes(answer)
@@ -383,14 +381,15 @@ def grade_math_batch(texts, examples):
     late = [question[1] for question, verdict in verdicts.items() if verdict is None]
     if late:
         logging.getLogger("tasks").warning(
-            "math-verify: %d of %d answers took more than %d s and count as wrong, e.g. %s", len(late),
-            len(verdicts), ANSWER_SECONDS, tasks.printable(late[0][:60]))
+            "math-verify: %d of %d answers took more than %d s and count as wrong, e.g. %s",
+            len(late), len(verdicts), ANSWER_SECONDS, tasks.printable(late[0][:60]))
     said = {True: "equal by math-verify", False: "not equal", None: "not judged in time"}
     grades = []
     for found, content, match, reason, question in drafts:
         verdict = verdicts[question] if question else match
         format = 0.5 * found.thought + 0.5 * found.tagged
-        grades.append(tasks.graded(format, int(bool(verdict)), reason or said[verdict], content or "",
+        reason = reason or said[verdict]
+        grades.append(tasks.graded(format, int(bool(verdict)), reason, content or "",
                                    found.tagged, string_match=float(match)))
     return grades
 
@@ -400,7 +399,7 @@ def grade_math(text, example):
 
 
 def read_math(row, split, options):
-    """{"problem": .., "level": "Level 3", "solution": ".. \\boxed{..}"} or {"question", "answer"}.
+    """{"problem": .., "level": "Level 3", "solution": ".. \\boxed{..}"} or question, answer.
 
     Left out: training rows above max_level, and rows without a box or an answer.
     """
@@ -418,7 +417,7 @@ tasks.TASKS["math"] = tasks.Task(
     "math", tasks.question_prompt, grade_math, read=read_math, grade_batch=grade_math_batch,
     hub={"train": ("qwedsacf/competition_math", None, "train"),
          "test": ("HuggingFaceH4/MATH-500", None, "test")},
-    options={"max_level": 4}, limits={"max_level": (1, 5)})    # the paper's code trains on 1 to 4
+    options={"max_level": 4}, limits={"max_level": (1, 5)})    # the paper trains on 1 to 4
 
 
 if __name__ == "__main__":

@@ -45,13 +45,14 @@ class Shape(NamedTuple):
     layers: int
     d: int                             # width of the residual stream
     q: int                             # width of all query heads
-    f: int                             # MLP width that one token meets, over all its experts
     V: int                             # rows of the embedding and of the head
     tied: bool                         # head and embedding are one matrix
-    kind: str                          # model_type
     adapted: list                      # (in, out) of the linear layers of a block that LoRA goes on
     blocks: int                        # parameters of all blocks
     active: int                        # of these, those that one token meets
+    kept: int                          # numbers a token and block that the backward pass needs
+    kept32: int                        # the same, of those that are float32 in any case
+    alive: int                         # numbers a token at the peak of a pass that keeps nothing
 
     @property
     def parameters(self):
@@ -74,19 +75,27 @@ def shape_of(config):
     tied = first("weight_tying", "tie_word_embeddings", default="hidden_size" in config)
 
     adapted = [(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)]
-    rest, idle = 2 * d, 0
-    if kind == "modernbert":           # the same matrices in fewer layers
-        adapted = [(d, 3 * d), (d, d), (d, 2 * f), (f, d)]
+    rest, idle, head = 2 * d, 0, 0
     if experts:                        # these and their router get no LoRA
         one = 3 * d * first("expert_intermediate_size", "moe_intermediate_size")
         used = first("num_experts_per_tok", default=1)
         always = first("num_shared_experts", default=0)
-        adapted, rest = adapted[:4], rest + (experts + always) * one + experts * d
-        idle, f = (experts - used) * one, (used + always) * one // (3 * d)
+        rest += (experts + always) * one + experts * d
+        adapted, idle, f = adapted[:4], (experts - used) * one, (used + always) * one // (3 * d)
+
+    # Kept: what both norms read (in float32) and write; q, k, v, the attention's output; in the MLP
+    # the gate before and after its activation, the other factor, the product.
+    kept32, kept, alive = 2 * d, 2 * d + 4 * q + 4 * f, 4 * (d + f)
+    if experts or "qwen3" in kind:     # q and k have norms of their own
+        kept32 += q + kv
+    if experts:                        # a token's copy for each expert, and what each makes of it
+        kept, alive = kept + 2 * used * d, alive + used * d
+    if kind == "modernbert":           # the same matrices in fewer layers, their results in one piece
+        adapted = [(d, 3 * d), (d, d), (d, 2 * f), (f, d)]
+        kept, alive, head = kept + 4 * q, 6 * (d + f), d * d    # and a layer in front of the head
     block = sum(i * o for i, o in adapted) + rest
-    head = d * d if kind == "modernbert" else 0                 # a dense layer in front of the head
-    return Shape(layers, d, q, f, V, tied, kind, adapted, layers * block + head,
-                 layers * (block - idle) + head)
+    return Shape(layers, d, q, V, tied, adapted, layers * block + head, layers * (block - idle) + head,
+                 kept, kept32, alive)
 
 
 def read_config(cfg):
@@ -136,27 +145,21 @@ def lora_size(cfg, shape):
 
 def kept_bytes(cfg, shape, tokens):
     """Activations that the backward pass of one micro-batch of so many tokens needs."""
-    b, d, q, f = BYTES[cfg.dtype], shape.d, shape.q, shape.f
-    # Both norms' inputs (in float32) and outputs; q, k, v, the attention's output; in the MLP the
-    # gate before and after its activation, the other factor, the product.
-    block = 2 * d * (4 + b) + 4 * q * b + 4 * f * b
-    if shape.kind == "modernbert":     # v is a view of q, k and v in one: all three stay
-        block += 2 * q * b
+    block = shape.kept32 * 4 + shape.kept * BYTES[cfg.dtype]
     if not cfg.recompute:
-        return shape.layers * tokens * block
-    # Only each block's input stays; one block at a time has all, and its gradients.
-    return shape.layers * tokens * d * b + tokens * (block + 2 * f * b)
+        return tokens * block * shape.layers
+    # Only each block's input stays; one block at a time has all, and gradients beside.
+    return tokens * (shape.d * BYTES[cfg.dtype] * shape.layers + 1.1 * block)
 
 
 def phases(cfg, shape, prompt):
     """{phase: bytes at its peak beside the weights} of learning, writing and evaluating."""
-    b, W = BYTES[cfg.dtype], cfg.how.W
+    W, forward = cfg.how.W, shape.alive * BYTES[cfg.dtype]
     # In 16 bits on a GPU, the fused kernel reads logits where they are. The others make copies: a
     # draw without top_k in float64, the reference formulas on the CPU in float32.
     fused = cfg.device != "cpu"
     shown = 4 * shape.V * (2 if fused else 5)
     drawn = 4 * shape.V * (2 if fused and cfg.top_k else 5)
-    forward = 4 * b * (shape.d + shape.f)                       # of a token, nothing kept
     still = cfg.block_length if cfg.unmasking != "random" else 0
     write = cfg.rollout_batch * max(W * drawn, still * shown)
     greedy = cfg.rollout_batch * cfg.eval_block * shown
@@ -208,15 +211,16 @@ def free_memory():
 
 
 def speed(cfg, shape):
-    """FLOP/s of this device on a matrix product of the model's size, measured in half a second."""
+    """FLOP/s of this device on a matrix product of the model's size, the best of half a second."""
     dtype = getattr(torch, cfg.dtype)
-    a = torch.randn(1024, min(shape.d, 2048), device=cfg.device, dtype=dtype)
+    a = torch.randn(4096, min(shape.d, 2048), device=cfg.device, dtype=dtype)
     b = torch.randn(a.shape[1], min(4 * shape.d, 8192), device=cfg.device, dtype=dtype)
-    rounds, start = 0, None
-    while start is None or time.time() - start < 0.5:
-        (a @ b)[0, 0].item()           # waits for the GPU
-        start, rounds = start or time.time(), rounds + 1        # the first only warms up
-    return 2 * a.shape[0] * b.numel() * (rounds - 1) / (time.time() - start)
+    best, begun = math.inf, time.perf_counter()
+    while time.perf_counter() - begun < 0.5:
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()           # waits for a GPU
+        best = min(best, time.perf_counter() - start)
+    return 2 * a.shape[0] * b.numel() / best
 
 
 def size(n):
@@ -224,7 +228,13 @@ def size(n):
 
 
 def span(seconds):
-    return f"{seconds / 3600:,.1f} hours" if seconds >= 5400 else f"{seconds:,.1f} seconds"
+    units = dict(days=86400, hours=3600, minutes=60, seconds=1)
+    name = next((name for name, n in units.items() if seconds >= 3 * n), "seconds")
+    return f"{seconds / units[name]:,.1f} {name}"
+
+
+def flops(n):
+    return f"{n / 1e15:,.1f} PFLOP" if n >= 1e14 else f"{n / 1e9:,.1f} GFLOP"
 
 
 def report(cfg, shape, source):
@@ -252,14 +262,18 @@ def report(cfg, shape, source):
     yield (f"memory      {size(need)} at the peak; here: {size(have)} "
            f"{'on the GPU' if gpu else 'free, no GPU'}: {'it fits' if need < 0.95 * have else 'TOO LITTLE'}")
     write, learn = work(cfg, shape, prompt)
-    yield (f"an update   {rows} rollouts: {rows * cfg.m * L / 1e6:,.2f} M tokens through the model to "
-           f"write, at most {cfg.mu * rows * min(cfg.k, cfg.m) * L / 1e6:,.2f} M to learn")
-    yield (f"            {write / 1e12:,.3g} + {learn / 1e12:,.3g} TFLOP"
-           + ", a third of the latter to recompute" * (cfg.recompute and cfg.lora_r > 0))
-    for name, rate in (("this machine", speed(cfg, shape)), ("an H100", H100)):
+    pairs = cfg.mu * rows * min(cfg.k, cfg.m)
+    yield (f"an update   {rows} rollouts: {rows * cfg.m * L:,} tokens through the model to write, at "
+           f"most {pairs * L:,} to learn")
+    again = learn / (3 + (not cfg.lora_r)) if cfg.recompute else 0
+    yield (f"            {flops(write)} + {flops(learn)}"
+           + f", {flops(again)} of the latter to recompute" * cfg.recompute)
+    rates = {"time here": speed(cfg, shape), "on an H100": H100}
+    for name, rate in rates.items():
         seconds = (write + learn) / rate
-        yield (f"on {name:<13}{span(seconds)} an update, {span(seconds * cfg.updates)} for "
-               f"{cfg.updates} at {rate / 1e12:,.2g} TFLOP/s")
+        if name == "time here" or seconds > 1:                  # below, overheads decide
+            yield (f"{name:<12}{span(seconds)} an update, {span(seconds * cfg.updates)} for "
+                   f"{cfg.updates}, at {rate / 1e12:,.2f} TFLOP/s")
     from huggingface_hub.constants import HF_HUB_CACHE
 
     saved = 12 * trained / 16          # the checkpoint: what is trained and Adam's two

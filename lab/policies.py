@@ -1,27 +1,27 @@
-"""Policies that see less of the text: cheaper steps, and the attention that block diffusion needs.
+"""Policies that see less of the text: cheaper steps, and the attention of block diffusion.
 
     python agrpo.py --policy lab/policies.py:FrozenContext --model ... --trust_remote_code
 
-AGRPO's gradient is exact for whatever function the policy is, if rollout and loss call the same one
-with the same arguments (agrpo.Block). So a policy may look at a part of the text, or freeze what it
-saw around the block being written, and nothing is mismatched.
+AGRPO's gradient is exact for whatever function the policy is, if rollout and loss call the same
+one with the same arguments (agrpo.Block). So a policy may look at a part of the text, or freeze
+what it saw around the block being written, and nothing is mismatched.
 
-                      sees                                        exact?
-    BlockCausal       its own block and those before it           yes; what bd3lm, LLaDA2, SDAR learnt
-    FrozenBlockCausal the same, keys and values before it kept    yes; equal to BlockCausal
-    FrozenContext     all, but what surrounds the block is read   yes, of this policy, which is another
-                      once, with the block all masked             one than the plain
+                      sees                                     exact?
+    BlockCausal       its own block and those before it        yes; bd3lm, LLaDA2, SDAR learn it
+    FrozenBlockCausal the same, keys and values of those kept  yes; equal to BlockCausal
+    FrozenContext     all, but the text around the block is    yes, of this policy, which is not
+                      read once, with the block all masked     the plain one
 
-Limits. Keys and values of LLaDA-8B take 0.52 MB a token: 128 rows of 522 tokens are 35 GB, so lower
---rollout_batch to 32 or so. Others measured 1 to 5 points lost by prefix caches with random order or
-parallel decoding: evaluate with and without before training, and a trained model with the policy it
-was trained with. The masked text after the block is frozen, not dropped: dropping it takes LLaDA's
-GSM8K from 79 to 34 % (others' measurement). Blocks are counted from where the answer begins, as
-dLLM's bd3lm sampler does; LLaDA2 and SDAR count from the start of the text.
+Limits. Keys and values of LLaDA-8B take 0.52 MB a token: 128 rows of 522 tokens are 35 GB, so
+set --rollout_batch to 32 or so. Others measured 1 to 5 points lost by prefix caches with random
+order or parallel decoding: evaluate with and without before training, and a trained model with
+the policy it was trained with. The masked text after the block is frozen, not dropped: dropping
+it takes LLaDA's GSM8K from 79 to 34 % (others' measurement). Blocks are counted from where the
+answer begins, as dLLM's bd3lm sampler does; LLaDA2 and SDAR count from the text's start.
 
-They read two kinds of model: code like LLaDA's, whose blocks take a past, and models whose attention
-goes through transformers' interface (Qwen3, Llama and their A2D versions). BlockCausal reads any
-that takes a mask of four dimensions (LLaDA2, SDAR, Dream).
+They read code like LLaDA's, whose blocks take a past, and models that take a mask of four
+dimensions and either put their attention through transformers' interface (Qwen3, Llama, A2D) or
+hand a cache on to it (Dream, LLaDA2).
 """
 from functools import partial
 
@@ -41,13 +41,14 @@ class Seeing(Policy):
 
     def __init__(self, model, tokenizer, mask_id, device="cpu"):
         super().__init__(model, tokenizer, mask_id, device)
-        self.start = 0                 # where in the text the tokens that are read begin
+        self.start = 0                 # where in the text the tokens being read begin
         self.like_llada = hasattr(getattr(model, "model", None), "transformer")
         if self.like_llada:
             for layer in model.model.transformer.blocks:
                 layer.rotary_emb.forward = partial(rotate, self, layer.rotary_emb)
         else:
-            model.config._attn_implementation = "kept"
+            model.config._attn_implementation = "kept"          # `attention`, below
+            self.way = how_to_keep(self)
         must_fit(self)
 
     def visible(self, mask, block):
@@ -56,26 +57,25 @@ class Seeing(Policy):
         return mask[:, None, None, :].bool().expand(-1, -1, L, -1)
 
     def logits(self, ids, mask, positions):
-        """The whole text as one block, in which all see all: what the checks at the start look at."""
+        """The whole text, in which all see all: what the checks at the start look at."""
         hidden, _ = self.read(ids, Seeing.visible(self, mask, None))
         return self.predict(hidden, positions)
 
     def read(self, ids, visible, around=None, start=0):
         """The model without its head, on tokens `start` to `start + n` of the text.
 
-        ids (N, n), visible (N, 1, n, K); around: per layer keys and values (N, heads, K - n, d) of
-        the other tokens seen. Returns hidden states (N, n, d), keys and values of the n per layer.
+        ids (N, n), visible (N, 1, n, K); around: per layer keys and values (N, heads, K - n, d)
+        of the other tokens seen. Returns hidden states (N, n, d), and the n's keys and values.
         """
         base = getattr(self.model, "get_base_model", lambda: self.model)()
         self.start = start
         with self.autocast():
             if self.like_llada:
                 return read_llada(base.model, ids, visible, around)
-            kept, where = {}, torch.arange(start, start + ids.shape[1], device=ids.device)
-            # Not past_key_values: transformers drops those where activations are recomputed.
-            out = base.model(input_ids=ids, attention_mask=visible, position_ids=where[None],
-                             use_cache=False, around=around, kept=kept)
-        return out.last_hidden_state, [kept[layer] for layer in sorted(kept)]
+            kept, where = Kept(around), torch.arange(start, start + ids.shape[1])
+            out = base.model(input_ids=ids, attention_mask=visible, use_cache=False,
+                             position_ids=where[None].to(ids.device), **{self.way: kept})
+        return out.last_hidden_state, [kept.own[layer] for layer in sorted(kept.own)]
 
     def predict(self, hidden, positions):
         """The head on positions (N, W) of hidden (N, n, d) -> (N, W, V)."""
@@ -86,23 +86,25 @@ class Seeing(Policy):
 class BlockCausal(Seeing):
     """A token sees its own block and those before it, counted from where the answer begins.
 
-    bd3lm A2D, LLaDA2, SDAR, TraDo and Fast-dLLM v2 were trained so. Under full attention their log pi
-    is off by 0.2 to 0.8 nats a token (measured), in silence.
+    bd3lm A2D, LLaDA2, SDAR, TraDo and Fast-dLLM v2 were trained so. Under full attention their
+    log pi is off by 0.2 to 0.8 nats a token (measured), in silence.
     """
     block_causal = True
-    note = ("a token sees its own block and those before it: for models trained so; take the "
-            "--block_length they were trained with. Another model is another policy so: " + CHECK)
+    note = ("a token sees its own block and those before it, for models trained so: give the "
+            "--block_length they were trained with. Any other model is another policy then: "
+            + CHECK)
 
     def visible(self, mask, block):
         """As before, and the key's block is no later than the query's."""
         i = torch.arange(mask.shape[1], device=mask.device) - block.start
-        b = i // (block.end - block.start)                                  # the prompt's are < 0
-        # Padding may see nothing of its own block, and a query that sees nothing is NaN.
+        b = i // (block.end - block.start)                      # the prompt's blocks are < 0
+        no_later = b[:, None] >= b
+        # A query that sees nothing is NaN, and padding may see nothing but itself.
         itself = i[:, None] == i
-        return super().visible(mask, block) & (b[:, None] >= b) | itself
+        return super().visible(mask, block) & no_later | itself
 
     def __call__(self, ids, mask, positions, block):
-        """ids, mask (N, L), positions (N, W) -> logits (N, W, V). Reads no token after the block."""
+        """ids, mask (N, L), positions (N, W) -> logits (N, W, V). Reads nothing after block."""
         ids, mask = ids[:, :block.end], mask[:, :block.end]
         hidden, _ = self.read(ids, self.visible(mask, block))
         return self.predict(hidden, positions)
@@ -111,23 +113,37 @@ class BlockCausal(Seeing):
 class FrozenContext(Seeing):
     """Per block one pass over the text with the block all masked, per step the block alone.
 
-    The pass yields keys and values of the text around the block; each step's queries see those and
-    the block as it is. At a block's first step this is the plain policy. Later it is another one: the
-    text around does not see what has been written into the block. In the loss both passes have
-    gradients.
+    The pass yields keys and values of the text around the block; each step's queries see those
+    and the block as it is. At a block's first step this is the plain policy. Later it is not:
+    the text around does not see what has been written into the block. In the loss both passes
+    have gradients.
     """
-    note = ("the text around a block is read once, with the block masked: exact gradient of a policy "
-            "that differs from the plain one, and about 0.5 MB a token of keys and values at 8B (so "
-            "--rollout_batch 32 or less): " + CHECK)
+    note = ("the text around a block is read once, with the block masked: the exact gradient of"
+            " a policy that is not the plain one, and 0.5 MB a token of keys and values at"
+            " 8B, so --rollout_batch 32 or less: " + CHECK)
 
     def __call__(self, ids, mask, positions, block):
         """ids, mask (N, L), positions (N, W) in the block -> logits (N, W, V)."""
+        if not self.ignores_mask:
+            return self.by_block(ids, mask, positions, block)
+        # As Policy does for such a model: rows of one length at a time, their padding cut off.
+        padding, parts, order = (mask == 0).sum(dim=1), [], []
+        for n in padding.unique().tolist():
+            rows = (padding == n).nonzero()[:, 0]
+            cut = Block(block.start - n, block.end - n, block.kept.setdefault(n, {}))
+            parts.append(self.by_block(ids[rows, n:], mask[rows, n:], positions[rows] - n, cut))
+            order.append(rows)
+        return torch.cat(parts)[torch.cat(order).argsort()]
+
+    def by_block(self, ids, mask, positions, block):
+        """The two passes."""
         # A shifted model predicts the block's first token at the token before it.
         start, end = block.start - self.shift, block.end
         seen = end if self.block_causal else ids.shape[1]
         ids, visible = ids[:, :seen], self.visible(mask[:, :seen], block)
         outside = torch.ones(seen, dtype=torch.bool, device=ids.device)
         outside[start:end] = False
+        # Once a block, the text around it. It has gradients in the loss, as the step has.
         if "around" not in block.kept:
             masked = ids.clone()
             masked[:, block.start:end] = self.mask_id
@@ -142,54 +158,75 @@ class FrozenContext(Seeing):
 
 class FrozenBlockCausal(FrozenContext, BlockCausal):
     """BlockCausal with keys and values of the earlier blocks kept: they never see the block, so
-    nothing is approximate. (The step of FrozenContext, the mask of BlockCausal.)"""
-    note = ("as BlockCausal, with the keys and values of earlier blocks kept, which changes nothing but "
-            "the time and about 0.5 MB a token at 8B; take the --block_length that the model was "
-            "trained with. A model trained otherwise is another policy so: " + CHECK)
+    nothing is approximate. The passes of FrozenContext, the mask of BlockCausal.
+    """
+    note = ("as BlockCausal, with keys and values of earlier blocks kept, which changes only "
+            "the time, and 0.5 MB a token at 8B: give the --block_length that the model was "
+            "trained with. One trained otherwise is another policy then: " + CHECK)
 
 
 @torch.no_grad()
 def must_fit(policy):
-    """Refuse a model that does not read as it is told: 12 tokens, the block is 4 to 8.
+    """Refuse a model that does not read as it is told: 12 tokens, 4 to 8 are the block.
 
-    FrozenContext must equal the plain model where the block is all masked. A block-causal policy must
-    not see the block from before it, and FrozenBlockCausal must equal BlockCausal. Raises UserError.
+    FrozenContext must equal the plain model where the block is all masked. A block-causal
+    policy must not see the block from before it, and FrozenBlockCausal must equal BlockCausal.
+    Raises UserError.
     """
-    name = type(policy).__name__
+    name, block = type(policy).__name__, lambda: Block(4, 8, {})
     ids = torch.arange(12, device=policy.device)[None] % 7 + 5
-    mask, at = torch.ones_like(ids), torch.arange(4, 8, device=ids.device)[None]
     ids[:, 4:8] = policy.mask_id
+    mask, at = torch.ones_like(ids), torch.arange(4, 8, device=ids.device)[None]
     try:
-        found = policy(ids, mask, at, Block(4, 8, {}))
+        found = policy(ids, mask, at, block())
         if policy.block_causal:
             causal = partial(BlockCausal.__call__, policy)
-            same = [(found, causal(ids, mask, at, Block(4, 8, {})))]
-            other = ids.clone()
+            same = [(found, causal(ids, mask, at, block()))]
+            other, before = ids.clone(), at[:, :2] - 2
             other[:, 7] = policy.eos_id
-            before = torch.tensor([[2, 3]], device=ids.device)
-            same += [[causal(x, mask, before, Block(4, 8, {})) for x in (ids, other)]]
+            same += [[causal(x, mask, before, block()) for x in (ids, other)]]
         else:
             same = [(found, Policy.logits(policy, ids, mask, at))]
     except Exception as e:             # a model's own code may raise anything
-        raise UserError(f"--policy {name} cannot read this model ({type(e).__name__}: {first_line(e)}); "
-                        "it reads code like LLaDA's and attention by transformers' interface") from e
+        raise UserError(f"--policy {name} cannot read this model ({type(e).__name__}: "
+                        f"{first_line(e)}); it reads LLaDA's, Dream's and LLaDA2's code and "
+                        "attention by transformers' interface") from e
     limit = 0.05 if policy.dtype in HALF else 1e-3
     for a, b in same:
         gap = ((a - b).abs().max() / b.abs().max()).item()
         if not gap < limit:
-            raise UserError(f"--policy {name} reads this model wrongly: logits that must be equal differ "
-                            f"by {gap:.0e} of the largest; leave --policy out, or choose another")
+            raise UserError(f"--policy {name} reads this model wrongly: logits that must be "
+                            f"equal differ by {gap:.0e} of the largest; leave it out or choose "
+                            "another")
 
 
-# --- how a part of the text is read -------------------------------------------------------------
+# --- how a part of the text is read -----------------------------------------------------------
 
-def attention(module, q, k, v, mask, around=None, kept=None, **more):
-    """transformers' attention by torch, with more keys and values in front. q, k, v (N, heads, n, d)."""
+class Kept:
+    """Keys and values of one pass, per layer: to be kept, and to follow those around them.
+
+    To a model it looks like transformers' cache.
+    """
+
+    def __init__(self, around):
+        self.around, self.own = around, {}
+
+    def get_seq_length(self, *layer):
+        return 0                       # positions and mask are given, nothing is to be derived
+
+    def update(self, k, v, layer, *more):
+        """k, v (N, heads, n, d) -> with what is around in front of them, (N, heads, K, d)."""
+        self.own[layer] = k, v
+        if self.around is None:
+            return k, v
+        k_around, v_around = self.around[layer]
+        return torch.cat([k_around, k], dim=2), torch.cat([v_around, v], dim=2)
+
+
+def attention(module, q, k, v, mask, kept=None, **more):
+    """transformers' attention by torch, with `kept` handed through to it."""
     if kept is not None:
-        kept[module.layer_idx] = k, v
-    if around is not None:
-        k_around, v_around = around[module.layer_idx]
-        k, v = torch.cat([k_around, k], dim=2), torch.cat([v_around, v], dim=2)
+        k, v = kept.update(k, v, module.layer_idx)
     return sdpa_attention_forward(module, q, k, v, mask, **more)
 
 
@@ -197,8 +234,24 @@ AttentionInterface.register("kept", attention)
 AttentionMaskInterface.register("kept", sdpa_mask)
 
 
+@torch.no_grad()
+def how_to_keep(policy):
+    """The argument by which the model hands a Kept to its attention.
+
+    Not as its past where there is another way: transformers drops a past where activations are
+    recomputed. Code that does not know `kept` refuses it or keeps nothing.
+    """
+    policy.way = "kept"
+    ids = torch.full((1, 2), policy.eos_id, device=policy.device)
+    try:
+        _, kv = policy.read(ids, torch.ones(1, 1, 2, 2, dtype=torch.bool, device=ids.device))
+    except TypeError:
+        kv = []
+    return "kept" if kv else "past_key_values"
+
+
 def read_llada(inner, ids, visible, around=None):
-    """LLaDA's forward refuses a past, but its blocks take one: so here is the loop over its blocks.
+    """LLaDA's forward refuses a past, but its blocks take one: here is the loop over those.
 
     Returns the last hidden states and each layer's keys and values, not rotated yet.
     """
@@ -207,21 +260,22 @@ def read_llada(inner, ids, visible, around=None):
     if not visible.all():
         bias = torch.zeros(visible.shape, device=ids.device)
         bias = bias.masked_fill(~visible, torch.finfo(bias.dtype).min)
-        bias = pad(bias, (0, 0, K - n, 0))      # a block wants a row for every key and takes the last n
+        # A block wants a row for every key and takes the last n.
+        bias = pad(bias, (0, 0, K - n, 0))
     again = None
     if inner.activation_checkpointing_strategy:
-        again = inner._activation_checkpoint_fn                 # LLaDA's own: recomputes activations
+        again = inner._activation_checkpoint_fn                 # LLaDA's way to recompute
     x, kv = inner.transformer.emb_drop(inner.transformer.wte(ids)), []
     for i, layer in enumerate(inner.transformer.blocks):
         call = partial(again, layer) if again else layer
         past = around[i] if around else None
         x, (k, v) = call(x, attention_bias=bias, layer_past=past, use_cache=True)
-        kv.append((k[:, :, K - n:], v[:, :, K - n:]))
+        kv.append((k[:, :, K - n:], v[:, :, K - n:]))           # without the past
     return inner.transformer.ln_f(x), kv
 
 
 def rotate(policy, rotary, q, k):
-    """LLaDA's RoPE for keys in the order of `around`: before the tokens read, after them, those.
+    """LLaDA's RoPE for keys in this order: before the tokens read, after them, themselves.
 
     q (N, heads, n, d), k (N, heads, K, d); the tokens read begin at policy.start.
     """
@@ -233,6 +287,7 @@ def rotate(policy, rotary, q, k):
     with torch.autocast(k.device.type, enabled=False):
         sin, cos = rotary.get_rotary_embedding(K, k.device)                 # (1, 1, K, d)
         sin, cos = sin[:, :, place].to(dtype), cos[:, :, place].to(dtype)
-        turned = rotary.apply_rotary_pos_emb(sin[:, :, K - n:], cos[:, :, K - n:], q.to(dtype))
-        k_turned = rotary.apply_rotary_pos_emb(sin, cos, k.to(dtype))
-    return turned.type_as(q), k_turned.type_as(k)
+        sin_q, cos_q = sin[:, :, K - n:], cos[:, :, K - n:]
+        turned_q = rotary.apply_rotary_pos_emb(sin_q, cos_q, q.to(dtype))
+        turned_k = rotary.apply_rotary_pos_emb(sin, cos, k.to(dtype))
+    return turned_q.type_as(q), turned_k.type_as(k)

@@ -1,10 +1,11 @@
-"""Claims about kernels.py, each against float64. The same tests run in Triton's interpreter, where
-there is no GPU, and on the GPU (marked `gpu`); the compiled code is inspected without either.
+"""Claims about kernels.py, each against float64. The same tests run in Triton's interpreter if
+there is no GPU, else on it (marked `gpu`); the compiled code is inspected without either.
 
     pytest lab/tests/test_kernels.py
     python lab/tests/test_kernels.py     # registers, spills and loads of the compiled kernels
 """
 import collections
+import importlib.util
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -29,8 +31,8 @@ INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 V_LLADA = 126464                       # 15.4 tiles of the forward
 
-# The bars: logp relative to 1 + |logp|, entropy absolute, dlogits times T / (|g_logp| + |g_H|). The
-# interpreter truncates float32 to 16 bits where a GPU rounds, so there it has twice the room.
+# The bars: logp relative to 1 + |logp|, H absolute, dlogits times T / (|g_logp| + |g_H|). The
+# interpreter truncates float32 to 16 bits where a GPU rounds: there they are twice as wide.
 LOGP_BAR, H_BAR = 1e-6, 5e-6
 ROOM = 1 if CUDA else 2
 DX_BAR = {torch.float32: 1e-6, torch.bfloat16: ROOM * 2**-8, torch.float16: ROOM * 2**-11}
@@ -38,7 +40,7 @@ DX_BAR = {torch.float32: 1e-6, torch.bfloat16: ROOM * 2**-8, torch.float16: ROOM
 needs_triton = pytest.mark.skipif(not kernels.HAVE_TRITON, reason="Triton is not installed")
 no_cuda = pytest.mark.skipif(not CUDA, reason="no CUDA device")
 same_on_gpu = pytest.mark.skipif(CUDA, reason="the same test runs on the CUDA device")
-no_warning = pytest.mark.filterwarnings("ignore::RuntimeWarning")   # numpy's, in the interpreter
+no_warning = pytest.mark.filterwarnings("ignore::RuntimeWarning")   # numpy's, interpreting
 INTERPRETER = pytest.param("cpu", id="interpreter", marks=[needs_triton, same_on_gpu])
 GPU = pytest.param("cuda", id="gpu", marks=[pytest.mark.gpu, no_cuda])
 
@@ -73,7 +75,7 @@ def run(impl, logits, labels, positions=None, T=1.0, g=None, call=logprobs_and_e
 
 
 def assert_bars(logits, labels, positions=None, T=1.0, call=logprobs_and_entropy):
-    """The kernel against the reference in float64. Infinities have to be equal, NaN never is."""
+    """The kernel against the reference in float64. Infinities must be equal, NaN never is."""
     logp, H, dx = run("triton", logits, labels, positions, T, call=call)
     logp64, H64, dx64 = run("reference", logits.double(), labels, positions, T, call=call)
     assert logp.dtype == H.dtype == torch.float32 and logp64.dtype == torch.float64
@@ -85,7 +87,7 @@ def assert_bars(logits, labels, positions=None, T=1.0, call=logprobs_and_entropy
     assert (error <= LOGP_BAR).all()
     assert ((H - H64).abs() <= H_BAR).all()
     g_logp, g_H = incoming(labels)
-    allowed = torch.zeros(len(logits), device=logits.device)        # rows not asked for: exactly 0
+    allowed = torch.zeros(len(logits), device=logits.device)    # rows not asked for: exactly 0
     rows = slice(None) if positions is None else positions
     allowed[rows] = DX_BAR[logits.dtype] * (g_logp.abs() + g_H.abs()) / T
     assert ((dx.double() - dx64).abs() <= allowed[:, None]).all()
@@ -116,7 +118,7 @@ def test_the_running_sums_survive_every_change_of_the_max(device, order):
     assert_bars(x, random_labels(x), T=0.6)
 
 
-@pytest.mark.parametrize("N, V", [(0, 37), (1, 37), (100, 37), (3, 1), (3, 2), (2, 8192), (2, 8193)])
+@pytest.mark.parametrize("N, V", [(0, 37), (100, 37), (3, 1), (3, 2), (1, 8192), (2, 8193)])
 def test_any_number_of_rows_and_of_tokens(device, N, V):
     x = randn(N, V, device=device)
     assert_bars(x, random_labels(x))
@@ -124,9 +126,9 @@ def test_any_number_of_rows_and_of_tokens(device, N, V):
 
 # § Views and row lists
 
-LAYOUTS = {"every second row": lambda x: x[1::2], "a slice of the vocabulary": lambda x: x[:, 8:1000],
-           "unaligned": lambda x: x[:, 1:998], "one row, expanded": lambda x: x[3].expand(5, -1),
-           "a transpose, copied": lambda x: x[:, :20].t()}
+LAYOUTS = {"every second row": lambda x: x[1::2], "columns": lambda x: x[:, 8:1000],
+           "unaligned": lambda x: x[:, 1:998], "expanded": lambda x: x[3].expand(5, -1),
+           "transposed": lambda x: x[:, :20].t()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -153,7 +155,7 @@ def test_row_offsets_pass_two_to_the_31(device, how, monkeypatch):
     """With 32-bit offsets row 17 500 of 126464 logits would be sought 8 GB before the tensor: a
     crash. The tensor is virtual: of its 4.5 GB only one row is ever touched."""
     if device == "cpu":
-        # The interpreter copies its arguments back to where they came from: here that is the same.
+        # The interpreter copies its arguments back to where they came from, which is there.
         back = "triton.runtime.interpreter.GridExecutor._restore_args_dev"
         monkeypatch.setattr(back, lambda *_: None)
     monkeypatch.setattr(torch, "zeros", torch.empty)        # dx is virtual, too
@@ -177,7 +179,7 @@ def test_row_offsets_pass_two_to_the_31(device, how, monkeypatch):
 # § Infinite and impossible logits
 
 def test_truncated_rows(device):
-    """20 tokens anywhere, one token, a first tile of only -inf, the last token alone, 9 tokens."""
+    """20 tokens anywhere, one token, a first tile of -inf, the last token alone, 9 tokens."""
     V = 3 * kernels.FORWARD_BLOCK + 5
     keep = torch.zeros(5, V, dtype=torch.bool, device=device)
     anywhere = torch.randperm(V, generator=torch.Generator().manual_seed(3))[:20]
@@ -205,7 +207,7 @@ def test_a_label_of_probability_zero_is_minus_inf_and_sends_no_gradient(device):
 
 @no_warning
 def test_very_negative_is_as_good_as_minus_inf(device):
-    """Masking with the smallest float must not overflow into NaN, also not when it comes first."""
+    """Masking with the smallest float must not overflow into NaN, not even in the first tile."""
     x = randn(2, 20000, device=device)
     x[:, :10000] = torch.finfo(torch.float32).min
     assert_bars(x, torch.tensor([10000, 19999], device=device), T=0.6)
@@ -323,7 +325,7 @@ def test_the_reference_by_hand():
     assert math.isclose(H, 2 / 3 * math.log(3 / 2) + math.log(6) / 3)
 
 
-@pytest.mark.parametrize("positions", [None, torch.tensor([5, 0])], ids=["all rows", "two rows"])
+@pytest.mark.parametrize("positions", [None, torch.tensor([5, 0])], ids=["all", "listed"])
 def test_gradients_of_the_reference_against_finite_differences(positions):
     x = randn(6, 7).double().requires_grad_()
     labels = random_labels(x, None if positions is None else 2)
@@ -352,7 +354,7 @@ def test_a_support_equals_minus_inf_everywhere_else(dtype):
     support = x.topk(6).indices.int()
     support[1, 3:] = support[2, 1:] = -1
     labels = torch.stack([support[0, 5], support[1, 0], support[2, 0], x[3].argmin()]).long()
-    kept = torch.zeros(4, 51, dtype=torch.bool)                      # -1 goes to column 50: to none
+    kept = torch.zeros(4, 51, dtype=torch.bool)                      # -1 goes to column 50
     kept = kept.scatter(1, support.long() % 51, True)[:, :50]
     right = run("reference", x.masked_fill(~kept, -INF), labels, T=0.6)
     assert right[0][2] == right[1][2] == 0 and right[0][3] == -INF
@@ -364,30 +366,26 @@ def test_a_support_equals_minus_inf_everywhere_else(dtype):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=bar)
 
 
-def test_a_label_of_minus_one_is_not_an_unused_slot():
-    support = torch.tensor([[3, 4, -1]])
-    logp, H = support_logprobs_and_entropy(randn(1, 9), support[:, :2], torch.tensor([-1]))
-    assert logp.item() == -INF and H.isfinite()
-
-
-def test_no_rows_and_no_support():
-    empty = torch.zeros(0, dtype=torch.int64)
-    logp, H = support_logprobs_and_entropy(randn(0, 9), empty.view(0, 3), empty)
-    assert logp.shape == H.shape == (0,)
-    nothing = torch.tensor([[-1, -1]])
-    logp, H = support_logprobs_and_entropy(randn(1, 9), nothing, torch.tensor([3]))
+def test_supports_at_the_edges():
+    """A label of -1 is not an unused slot; no slot at all; no rows."""
+    x, none = randn(1, 9), torch.tensor([[-1, -1]])
+    logp, H = support_logprobs_and_entropy(x, torch.tensor([[3, -1]]), torch.tensor([-1]))
+    assert logp.item() == -INF and H.item() == 0
+    logp, H = support_logprobs_and_entropy(x, none, torch.tensor([3]))
     assert logp.item() == -INF and H.isnan()
+    logp, H = support_logprobs_and_entropy(x[:0], none[:0], torch.tensor([3])[:0])
+    assert logp.shape == H.shape == (0,)
 
 
 # § Calling it
 
 X, Y = randn(6, 8), torch.arange(6)
 BAD = [(dict(impl="cuda"), "impl is 'cuda'"), (dict(temperature=0.0), "temperature is 0.0"),
-       (dict(temperature=-1), "temperature is -1"), (dict(temperature=NAN), "temperature is nan"),
+       (dict(temperature=-1), "temperature is -1"), (dict(temperature=NAN), "ture is nan"),
        (dict(logits=X[0]), "logits are"), (dict(logits=X.long()), "logits are torch.int64"),
        (dict(logits=X[:, :0]), "logits are"), (dict(logits=X[None]), "logits are"),
        (dict(labels=Y[:2]), r"labels are .*\[2\].*\[6\]"), (dict(labels=Y[None]), "labels are"),
-       (dict(labels=Y.int()), "labels are torch.int32"), (dict(labels=Y + 3), "labels reach 3 to 8"),
+       (dict(labels=Y.int()), "labels are torch.int32"), (dict(labels=Y + 3), "reach 3 to 8"),
        (dict(labels=Y - 1), "labels reach -1"), (dict(positions=Y[None]), "positions are"),
        (dict(positions=Y[:2]), "labels are"), (dict(positions=Y + 1), "positions reach 1 to 6"),
        (dict(positions=Y // 2), "a row twice"),
@@ -402,11 +400,12 @@ def test_what_does_not_fit_is_a_value_error(change, message):
 
 def test_what_does_not_fit_a_support_is_a_value_error():
     support = Y[:, None]
-    for args, message in (((X, Y, Y), "expected"), ((X, support[:3], Y), "expected"),
-                          ((X, support, Y[:3]), "expected"), ((X, support, Y, 0), "temperature"),
-                          ((X, support, Y, 1, "cuda"), "impl is 'cuda'")):
-        with pytest.raises(ValueError, match=message):
+    for args in ((X, Y, Y), (X, support[:3], Y), (X, support, Y[:3])):
+        with pytest.raises(ValueError, match="expected"):
             support_logprobs_and_entropy(*args)
+    for more, message in ((dict(temperature=0), "temperature"), (dict(impl="cuda"), "impl is")):
+        with pytest.raises(ValueError, match=message):
+            support_logprobs_and_entropy(X, support, Y, **more)
 
 
 def test_auto_takes_the_reference_on_the_cpu_and_says_so_once(capsys):
@@ -464,8 +463,8 @@ def compile_ahead(kernel, sm, dtype, kind):
     constants = {"BLOCK": 1024 if kind == "support" else block}
     if kind != "listed":
         constants["positions_ptr"] = None
-    types = {"x_ptr": f"*{dtype}", "dx_ptr": f"*{dtype}", "y_ptr": "*i64", "positions_ptr": "*i64",
-             "V": "i32", "stride": "i32", "inv_T": "fp32"}
+    types = {"x_ptr": f"*{dtype}", "dx_ptr": f"*{dtype}", "y_ptr": "*i64",
+             "positions_ptr": "*i64", "V": "i32", "stride": "i32", "inv_T": "fp32"}
     signature = {name: types.get(name, "*fp32") for name in fn.arg_names}
     signature.update(dict.fromkeys(constants, "constexpr"))
     # What a launch passes on: pointers are aligned; V = 126464 and its stride divide by 16.
@@ -522,17 +521,18 @@ def test_aligned_logits_move_16_bytes_at_a_time(compiled):
         numbers, warps = BLOCKS[entry["kernel"]]
         size = 4 if entry["dtype"] == "fp32" else 2
         wide = numbers * size // (32 * warps * 16)               # for a thread and a tile
-        loads, stores = (sum(n for name, n in entry["memory"].items()
-                             if name.startswith(kind) and "128" in name) for kind in ("LDG", "STG"))
-        assert loads == wide, entry
-        assert stores == (wide if entry["kernel"] == "backward" else 0), entry
+        for kind in ("LDG", "STG"):
+            found = sum(n for name, n in entry["memory"].items()
+                        if name.startswith(kind) and "128" in name)
+            stores_nothing_wide = kind == "STG" and entry["kernel"] == "forward"
+            assert found == (0 if stores_nothing_wide else wide), entry
 
 
 # § In agrpo.py, which calls this file in the rollout and in the loss
 
-@pytest.mark.parametrize("how", [dict(), dict(temperature=0.6, top_k=9, top_p=0.9),
-                                 dict(unmasking="max_prob"), dict(unmasking="entropy")], ids=str)
-def test_a_rollout_and_its_gradient_agree_between_kernel_and_reference(device, how, monkeypatch):
+@pytest.mark.parametrize("how", [
+    dict(), dict(temperature=0.6, top_k=9, top_p=0.9), dict(unmasking="max_prob")], ids=str)
+def test_rollout_and_gradient_agree_between_kernel_and_reference(device, how, monkeypatch):
     import agrpo
     P, C, V, B = 2, 4, 37, 6
     table = randn(P + C, V, 8, device=device)
@@ -544,23 +544,70 @@ def test_a_rollout_and_its_gradient_agree_between_kernel_and_reference(device, h
         return logits[torch.arange(len(ids), device=device)[:, None], positions]
     policy.mask_id, policy.eos_id = 0, 1
     how = agrpo.Decoding(C=C, m=2, block_length=4, **how)
-    q, A = torch.full((B, P), 5, device=device), torch.arange(B, device=device) - 2.5
-    rows, steps, w = (x.to(device) for x in (torch.arange(B), torch.arange(B) % 2, torch.ones(B)))
-    results = {}
+    q = torch.full((B, P), 5, device=device)
+    rows = torch.arange(B, device=device)
+    results = []
     for impl in ("triton", "reference"):
         for name in ("logprobs_and_entropy", "support_logprobs_and_entropy"):
-            def call(*args, call=getattr(kernels, name), impl=impl, **more):
-                return call(*args, **more, impl=impl)
-            monkeypatch.setattr(agrpo, name, call)
+            monkeypatch.setattr(agrpo, name, partial(getattr(kernels, name), impl=impl))
         traj = agrpo.rollout(policy, q, torch.ones_like(q), how, agrpo.row_random(range(B)))
         out.grad = None
-        agrpo.add_gradient(policy, traj, A, (rows, steps, w))
-        results[impl] = traj, out.grad
-    (a, grad_a), (b, grad_b) = results["triton"], results["reference"]
+        pairs = rows, rows % 2, torch.ones(B, device=device)
+        agrpo.add_gradient(policy, traj, rows - 2.5, pairs)
+        results.append((traj, out.grad))
+    (a, grad_a), (b, grad_b) = results
     assert torch.equal(a.o, b.o) and torch.equal(a.step_of, b.step_of)
     assert ((a.logp_old - b.logp_old).abs() / (1 + b.logp_old.abs())).max() <= LOGP_BAR
     assert (a.entropy - b.entropy).abs().max() <= H_BAR
     assert (grad_a - grad_b).norm() <= 1e-5 * grad_b.norm() and grad_b.norm() > 0
+
+
+# § The benchmark, lab/bench.py
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "lab/bench.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_triton
+@same_on_gpu
+def test_the_benchmark_checks_the_kernel_where_there_is_no_gpu(bench, capsys):
+    bench.main(["kernel"])
+    shown = capsys.readouterr().out
+    assert shown.count("error of") == 6 and "no CUDA device" in shown
+
+
+def test_the_benchmark_names_the_bars_that_hold(bench, capsys):
+    us = {"ours": 100, "eager": 1500, "compile": 98}                 # and no Liger
+    bench.print_bars({(torch.bfloat16, N, name, phase): (t, 0.78, 0.1) for N in bench.SIZES
+                      for name, t in us.items() for phase in ("forward", "backward", "both")})
+    verdicts = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if line]
+    assert verdicts[:9] == ["holds", "MISSED", "holds", "holds", "MISSED", "holds", "measured",
+                            "holds", "holds"] and verdicts[9:] == ["measured"] * 9
+
+
+def test_the_benchmark_times_an_update_of_every_policy(bench, capsys):
+    size = "--B 2 --P 5 --C 12 --m 4 --block_length 6 --k 2 --rounds 1 --lora_r 4"
+    bench.main(["update", "--shape", "tiny", "--device", "cpu", *size.split()])
+    shown = capsys.readouterr().out.splitlines()
+    lines = {line[:18].strip(): line[18:].split() for line in shown}
+    for name in ("official way", "Policy", "BlockCausal", "FrozenBlockCausal", "FrozenContext"):
+        assert float(lines[name][-2]) < 1e-5                         # max |rho - 1|
+    assert [float(x) for x in lines["official way"][-5:-2]] == [1, 1, 1]
+
+
+def test_the_benchmark_counts_bytes_and_flops(bench, capsys):
+    x, w = torch.zeros(4, 8), torch.zeros(8, 16)
+    with bench.Count() as count:
+        (x @ w).view(8, 8)
+    assert count.bytes == 4 * (4 * 8 + 8 * 16 + 4 * 16) and count.flops[4] == 2 * 4 * 8 * 16
+    bench.main(["count", "--shape", "256,512,2,2,2,1000"])
+    rows = [line[61:].split() for line in capsys.readouterr().out.splitlines()[-5:]]
+    none, single, half = (float(row[0]) for row in rows[:3])
+    assert none <= half <= single
 
 
 # § On a GPU

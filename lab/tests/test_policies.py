@@ -1,9 +1,10 @@
 """Policies that see less: the gradient is exact for each of them, and each sees what it says.
 
-On doubles of LLaDA's code (blocks that take a past) and of dLLM's A2D-Qwen3 (attention through
-transformers' interface), loaded by --policy as a user does.
+On doubles of LLaDA's code (blocks that take a past), of dLLM's A2D-Qwen3 (attention through
+transformers' interface) and of Dream's (hands a cache on), loaded by --policy as a user does.
 """
 import io
+import itertools
 import json
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -29,13 +30,14 @@ def seeing(name, model, *flags, exact=False, **more):
         for module in policy.model.modules():
             for at, part in list(module.named_children()):
                 if type(part).__name__ == "Qwen3RMSNorm":
-                    setattr(module, at, torch.nn.RMSNorm(len(part.weight), part.variance_epsilon))
+                    norm = torch.nn.RMSNorm(len(part.weight), part.variance_epsilon)
+                    setattr(module, at, norm)
         policy.model.double()
     return policy
 
 
 def half_written(policy, rows=2, shown=(0, 2)):
-    """A prompt of 9 (5 and padding in row 1), a written block of 4, one half written, one masked."""
+    """A prompt of 9 (row 1: of 5), a block of 4 written, one half written, one masked."""
     q, q_mask = prompts(policy)
     torch.manual_seed(3)
     o = torch.randint(20, 60, (2, 12))
@@ -46,10 +48,10 @@ def half_written(policy, rows=2, shown=(0, 2)):
     return ids[:rows], mask[:rows], at[:rows], agrpo.Block(13, 17, {})
 
 
-# --- exact --------------------------------------------------------------------------------------
+# --- exact ------------------------------------------------------------------------------------
 
 @every
-@each("llada", "a2d")
+@each("llada", "a2d", "dream")
 def test_the_ratio_is_one_and_every_adapter_learns(kind, name, shelf):
     policy = seeing(name, shelf[kind], exact=True)
     _, seen = add_gradient(policy, TWO_BLOCKS)
@@ -58,16 +60,16 @@ def test_the_ratio_is_one_and_every_adapter_learns(kind, name, shelf):
 
 
 @every
-@each("llada", "a2d")
+@each("llada", "a2d", "dream")
 def test_the_gradient_is_that_of_the_policy(kind, name, shelf):
-    """At the last step: the block half written, the context with what it says of the parameters."""
+    """At the last step: the block half written, the context with gradients of its own."""
     policy = seeing(name, shelf[kind], exact=True)
     quotient, slope = difference_quotient(policy, TWO_BLOCKS, step=3)
     assert slope == pytest.approx(quotient, rel=1e-6)
 
 
 @every
-@each("llada", "a2d")
+@each("llada", "a2d", "dream")
 def test_recomputed_activations_and_a_reference_change_no_gradient(kind, name, shelf):
     """With beta, the reference is read between forward and backward: it must leave no trace."""
     grads = []
@@ -81,18 +83,18 @@ def test_recomputed_activations_and_a_reference_change_no_gradient(kind, name, s
 
 
 @every
-@each("llada", "a2d")
+@each("llada", "a2d", "dream")
 def test_rows_that_end_early(kind, name, shelf):
-    """Their rows leave the batch, and what is kept of the context belongs to the rows that stay."""
+    """They leave the batch, and what is kept of the context belongs to the rows that stay."""
     policy = seeing(name, shelf[kind])
     head = policy.model.get_output_embeddings()
-    likely = torch.zeros(len(head.weight)).index_fill(0, torch.tensor(policy.eos_id), 4.0)
+    likely = torch.zeros(len(head.weight)).index_fill(0, torch.tensor(policy.eos_id), 5.5)
     head.register_forward_hook(lambda layer, args, out: out + likely)
     q, q_mask = (x.repeat(4, 1) for x in prompts(policy))
     how = agrpo.Decoding(C=8, m=8, block_length=2)
     traj = agrpo.rollout(policy, q, q_mask, how, agrpo.row_random([(0, i) for i in range(8)]))
     steps_taken = (traj.step_of < how.m).sum(dim=1)
-    assert 2 <= steps_taken.min() < steps_taken.max() == 8
+    assert 2 <= steps_taken.min() < steps_taken.max(), steps_taken
     rows, steps = (agrpo.timestep_probs(traj, "uniform") > 0).nonzero().unbind(1)
     seen = agrpo.add_gradient(policy, traj, torch.ones(8), (rows, steps, torch.ones(len(rows))))
     assert len(rows) == steps_taken.sum() and (seen.ratio - 1).abs().max() < 1e-5
@@ -105,7 +107,7 @@ def test_in_16_bits_the_ratio_stays_near_one(kind, shelf):
     assert (seen.ratio - 1).abs().max() < 1e-3
 
 
-# --- what each sees -----------------------------------------------------------------------------
+# --- what each sees ---------------------------------------------------------------------------
 
 @torch.no_grad()
 def test_block_causal_is_the_mask_written_by_hand(shelf):
@@ -117,7 +119,7 @@ def test_block_causal_is_the_mask_written_by_hand(shelf):
     for row in range(2):
         for i in range(L):
             for j in range(L):
-                # The answer begins at 9: its blocks are 9-12, 13-16, 17-20, the prompt's 5-8 and 1-4.
+                # The answer begins at 9: blocks 9-12, 13-16, 17-20; the prompt's are 1-4, 5-8.
                 no_later = (j - 9) // 4 <= (i - 9) // 4
                 by_hand[row, 0, i, j] = (no_later and mask[row, j] == 1) or i == j
     policy.positions = at
@@ -126,14 +128,14 @@ def test_block_causal_is_the_mask_written_by_hand(shelf):
 
 
 @pytest.mark.parametrize("shift", ["0", "1"])
-@each("llada", "a2d", "deaf")
+@each("llada", "a2d", "dream")
 @torch.no_grad()
 def test_frozen_block_causal_is_block_causal(kind, shift, shelf):
-    """Also where position i is predicted at i - 1, which for a block's first is in the block before."""
+    """Also where position i is predicted at i - 1, for a block's first in the block before."""
     slow, fast = (seeing(name, shelf[kind], "--shift", shift) for name in ALL[:2])
     ids, mask, at, block = half_written(slow)
     expected = slow(ids, mask, at, block)
-    found = [fast(ids, mask, at, block) for _ in range(2)]      # the second time from what was kept
+    found = [fast(ids, mask, at, block) for _ in range(2)]      # then from what was kept
     assert block.kept and all((x - expected).abs().max() < 1e-5 for x in found)
     other = ids.clone()
     other[:, 17:] = 40                               # after the block nothing is seen
@@ -141,7 +143,7 @@ def test_frozen_block_causal_is_block_causal(kind, shift, shelf):
 
 
 @pytest.mark.parametrize("shift", ["0", "1"])
-@each("llada", "a2d")
+@each("llada", "a2d", "dream")
 @torch.no_grad()
 def test_frozen_context_is_the_plain_policy_where_the_block_is_masked(kind, shift, shelf):
     plain = policy_of(shelf[kind], "--shift", shift)
@@ -159,27 +161,27 @@ def test_frozen_context_sees_what_is_in_the_block_and_around_it(shelf):
     policy = seeing("FrozenContext", shelf["llada"])
     ids, mask, at, _ = half_written(policy, rows=1)
     before = policy(ids, mask, at, agrpo.Block(13, 17, {}))
-    for place in (2, 10, 13, 15, 19):                # prompt, a block before, this one twice, after it
+    for place in (2, 10, 13, 15, 19):                # prompt, block before, this one, after it
         other = ids.clone()
         other[0, place] = 45
         gap = (policy(other, mask, at, agrpo.Block(13, 17, {})) - before).abs()
         assert gap.max() > 1e-3, place
 
 
-@every
-@each("llada", "a2d", "deaf")
+@pytest.mark.parametrize("kind, name", [*itertools.product(("llada", "a2d", "dream"), ALL),
+                                        ("deaf", "FrozenContext")])
 @torch.no_grad()
 def test_padding_changes_nothing(kind, name, shelf):
-    """Also for LLaDA's older code, which ignores its mask: these policies bring their own."""
+    """For a model that ignores its mask, as LLaDA's older code: because it gets no padding."""
     policy = seeing(name, shelf[kind])
-    assert not policy.ignores_mask
+    assert policy.ignores_mask == (kind == "deaf")
     ids, mask, at, block = half_written(policy)
     both = policy(ids, mask, at, block)
     alone = policy(ids[1:, 4:], mask[1:, 4:], at[1:] - 4, agrpo.Block(9, 13, {}))
     assert (both[1] - alone[0]).abs().max() < 1e-5
 
 
-# --- from the command line ----------------------------------------------------------------------
+# --- from the command line --------------------------------------------------------------------
 
 @every
 def test_the_limits_are_said_where_one_is_chosen(name, shelf):
@@ -188,16 +190,16 @@ def test_the_limits_are_said_where_one_is_chosen(name, shelf):
     assert policy.block_causal == (name != "FrozenContext")
 
 
-@each("modernbert", "dream")
-def test_a_model_that_cannot_be_read_so_is_refused(kind, shelf):
-    flags = "--policy", f"{FILE}:FrozenContext"
-    with pytest.raises(agrpo.UserError, match="FrozenContext cannot read this model"):
-        policy_of(shelf[kind], *flags, trust=kind == "dream")
+@every
+def test_a_model_that_cannot_be_read_so_is_refused(name, shelf):
+    with pytest.raises(agrpo.UserError, match=f"{name} cannot read this model"):
+        seeing(name, shelf["modernbert"], trust=False)
 
 
-def test_a_model_that_ignores_a_mask_of_four_dimensions_is_refused(tmp_path, monkeypatch):
-    deaf = A2D.replace("return super().forward(input_ids, attention_mask=attention_mask",
-                       "return super().forward(input_ids, attention_mask=torch.ones_like(attention_mask)")
+def test_a_model_that_ignores_what_it_must_not_see_is_refused(shelf, tmp_path, monkeypatch):
+    with pytest.raises(agrpo.UserError, match="FrozenBlockCausal reads this model wrongly"):
+        seeing("FrozenBlockCausal", shelf["deaf"])
+    deaf = A2D.replace("attention_mask=attention_mask", "attention_mask=attention_mask | True")
     monkeypatch.setitem(CODE, "deaf4d", (deaf, *CODE["a2d"][1:]))
     folder = folder_of(tmp_path / "deaf4d", "deaf4d", **QWEN)
     with pytest.raises(agrpo.UserError, match="BlockCausal reads this model wrongly"):
@@ -210,9 +212,10 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(shelf, tmp_path, monkeypatch)
             if now["update"] == stop_after:
                 raise KeyboardInterrupt
         monkeypatch.setattr(agrpo, "console", console)
-        argv = ("--task countdown --trust_remote_code --device cpu --max_number 9 --C 8 --m 4 --k 2 "
-                "--block_length 4 --updates 2 --questions 2 --G 4 --eval_n 4 --steps 4 --save_every 1")
-        argv = argv.split() + ["--model", shelf["llada"], "--policy", f"{FILE}:FrozenContext"]
+        argv = ("--task countdown --trust_remote_code --device cpu --max_number 9 --C 8 --m 4 "
+                "--k 2 --block_length 4 --updates 2 --questions 2 --G 4 --eval_n 4 --steps 4 "
+                "--save_every 1").split()
+        argv += ["--model", shelf["llada"], "--policy", f"{FILE}:FrozenContext"]
         with redirect_stdout(io.StringIO()) as said, redirect_stderr(io.StringIO()):
             code = agrpo.main(argv + ["--out", str(tmp_path / out)])
         return code, said.getvalue()
@@ -220,7 +223,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(shelf, tmp_path, monkeypatch)
     # Random weights solve nothing: a reward of the text's letters keeps groups alive.
     grade = agrpo.tasks.Grade
     monkeypatch.setattr(agrpo.tasks, "grade_batch", lambda name, texts, examples: [
-        grade(len(text) % 5 / 4, False, 0.0, "", text) for text in texts])
+        grade(len(text) % 5 / 4, False, 0.0, "", text, {}) for text in texts])
     code, said = run("whole")
     assert code == 0 and policies.FrozenContext.note[:30] in said
     assert run("parts", stop_after=2)[0] == 130

@@ -1,19 +1,18 @@
-"""README's commands go through the real argument parser, its code runs, its links and names exist."""
+"""README's commands go through the real parsers, its links and names exist; imports run one way."""
 import ast
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import agrpo
-import tasks
-from lab import cli, experiments, harness           # experiments: registers them in harness
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 SCRIPT = (ROOT / "run.sh").read_text()
+sys.path.insert(0, str(ROOT / "lab"))
 
 
 def blocks(language):
@@ -21,84 +20,107 @@ def blocks(language):
 
 
 def commands():
-    """Every shell command of README: the bash blocks, and `bash run.sh ...` within the text."""
+    """Every shell command of README: those of the bash blocks, and those within its sentences."""
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
-    lines += [" ".join(found.split()) for found in re.findall(r"`(bash run\.sh [^`]*)`", README)]
-    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+    starts = r"(?:bash run\.sh|python \S+\.py|torchrun)"
+    lines += [" ".join(found.split()) for found in re.findall(rf"`({starts} [^`]*)`", README)]
+    return [line for line in map(str.strip, lines) if line and not line.startswith("#")]
 
 
-def test_no_comment_follows_a_line_continuation():
-    assert not re.search(r"\\[ \t]*#", "".join(blocks("bash"))) and not re.search(r"\\[ \t]+\n", "".join(blocks("bash")))
+def run_sh(command, flags):
+    """What run.sh makes of its first word: words that begin with a Python file. [] for its own."""
+    if command in ("menu", "help", "test"):
+        return []
+    cases = re.findall(r"^ +(\S+)\) +setup; exec \$python (.*) ;;$", SCRIPT, flags=re.M)
+    found = dict(cases).get(command) or dict(cases)["*"]
+    words = shlex.split(found.replace('"$command"', command).replace('"$@"', ""))
+    return [*words, *flags]
+
+
+def python_call(line):
+    """The words of a command from its Python file on; [] where it calls none of ours."""
+    line = re.sub(r"\$\w+", "2", line)                          # the variable of a loop
+    words = re.split(r" (?:;|&&|\||>) ?|;", line)[-1] if "run.sh" not in line.split(";")[0] else line
+    words = [word.rstrip(";") for word in shlex.split(words, comments=True)]
+    words = words[:words.index("done")] if "done" in words else words
+    for i, word in enumerate(words):
+        if word.endswith("run.sh"):
+            return run_sh((words[i + 1:] or ["menu"])[0], words[i + 2:])
+        if word.endswith(".py"):
+            return words[i:]
+    return []
+
+
+def parse(file, flags):
+    """Flags through the parser of the file that they are for. Raises if it would refuse them."""
+    if flags in (["--help"], ["-h"]):
+        return
+    if file == "agrpo.py":
+        agrpo.parse(flags)
+    elif file == "lab/experiments.py":
+        import experiments
+        name, rest = (flags or ["menu"])[0], flags[1:]
+        if flags and name not in ("curves", "menu"):
+            experiments.Lab(name, rest)
+    elif file != "lab/make_tiny.py":
+        __import__(Path(file).stem).parse(flags)
 
 
 @pytest.mark.parametrize("line", commands())
-def test_every_command_parses(line):
-    line = re.sub(r"\$\w", "2", line.replace("--seed S", "--seed 0"))      # the variable of a loop
-    words = shlex.split(line, comments=True)
-    starts = [i for i, word in enumerate(words) if word.endswith(("run.sh", "agrpo.py"))]
-    if not starts:
-        pytest.skip("not one of ours: " + line)
-    words = words[starts[0]:]
-    end = next((i for i, word in enumerate(words) if word.endswith(";")), None)
-    words = [word.rstrip(";") for word in (words if end is None else words[:end + 1])]
-    flags = words[1:]
-    if words[0].endswith("run.sh"):
-        command, flags = (flags or ["menu"])[0], flags[1:]
-        own = re.search(rf"^    (?:\S+\|)*{re.escape(command)}(?:\|\S+)*\)", SCRIPT, flags=re.M)
-        assert own or command in tasks.TASKS, f"run.sh has no command {command}"
-        if command == "lab" and flags and flags[0] != "curves":
-            harness.Lab(flags[0], flags[1:])               # an unknown experiment or flag raises
-            return
-        if command in ("test", "kernels", "tiny", "lab", "menu"):
-            return
-        flags += ["--mode", "eval"] * (command in ("eval", "watch")) + ["--task", command] * (command in tasks.TASKS)
-    if flags == ["--help"]:
-        return
-    cfg = cli.parse(agrpo.Config, flags)                   # an unknown flag or a value of the wrong kind raises
-    if cfg.model is None and f"tiny/{cfg.task}" not in agrpo.PRESETS:
-        cfg.model = agrpo.LLADA
-    cli.fill(cfg, agrpo.PRESETS, {"large": agrpo.LLADA, "small": agrpo.TINY})
-    cli.check(cfg, agrpo.steps_per_block)
+def test_every_command_parses(line, monkeypatch):
+    monkeypatch.chdir(ROOT)                                     # lab/math_task.py and the like
+    monkeypatch.setattr(agrpo.torch.cuda, "device_count", lambda: 8)
+    file, *flags = python_call(line) or [""]
+    if not file:
+        pytest.skip("none of ours: " + line)
+    assert (ROOT / file).is_file() or file.startswith("my_"), file
+    if "my_task.py" in flags:                                   # the reader's own file
+        flags[flags.index("my_task.py")] = "lab/choice_task.py"
+    parse(file, flags)
 
 
-def test_the_code_to_lift_runs_as_printed():
-    """All of README's Python, in order, with a small random model in the place of a large one."""
-    code = [block for block in blocks("python") if "agrpo.rollout" in block]
-    assert len(code) == 1
-    code = code[0].replace("C=256", "C=8").replace("m=128", "m=4").replace("block_length=32", "block_length=8")
-    code = code.replace("k=24", "k=2").replace("128 *", "4 *")
-    ast.parse(code)
-    torch.manual_seed(0)
-    table = torch.nn.Embedding(20, 20)
-
-    def model(ids, attention_mask):
-        assert attention_mask.shape == ids.shape
-        return type("Out", (), {"logits": table(ids).cumsum(1).flip(1)})
-    params = list(table.parameters())
-    before = params[0].detach().clone()
-    names = dict(agrpo=agrpo, model=model, q=torch.randint(2, 20, (16, 3)), q_mask=torch.ones(16, 3, dtype=torch.long),
-                 mask_id=0, eos_id=1, rewards=torch.randn(16), params=params, optimizer=torch.optim.SGD(params, lr=1.0))
-    exec(code, names)
-    assert not torch.equal(before, params[0])
+def test_no_comment_follows_a_line_continuation():
+    assert not re.search(r"\\[ \t]*#|\\[ \t]+\n", "".join(blocks("bash")))
 
 
-def test_files_sections_and_functions_named_in_the_readme_exist():
+def test_links_functions_and_tests_that_readme_names_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
-    sections = re.findall(r"^# § (.+)$", (ROOT / "agrpo.py").read_text(), flags=re.M)
-    assert sections == ["Config", "The denoising MDP", "Rollout", "Advantages", "Timestep sampler",
-                        "Per-step log-probabilities", "Clipped loss", "Update", "Evaluation", "Plumbing", "Train and CLI"]
-    tests = (ROOT / "test_agrpo.py").read_text()
-    for row in re.findall(r"^\|.*`test_\w+` \|$", README, flags=re.M):
-        _, _, section, functions, test, _ = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)]
-        assert section in sections and f"def {test.strip('`')}(" in tests
-        for function in re.findall(r"`(\w+)`", functions):
-            assert hasattr(agrpo, function), function
+    for name in re.findall(r"`agrpo\.(\w+)[`(]", README):
+        assert name == "py" or hasattr(agrpo, name), name
+    tests = "".join(path.read_text() for path in [ROOT / "test_agrpo.py", *ROOT.glob("lab/tests/*.py")])
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert f"def {name}(" in tests, name
+
+
+# --- imports run one way ------------------------------------------------------------------------
+
+def imported(path):
+    """Names of the top-level modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {part for alias in node.names for part in alias.name.split(".")}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            names |= set(node.module.split(".")) | {alias.name for alias in node.names}
+    return names
+
+
+def test_imports_run_one_way():
+    lab = {path.stem for path in ROOT.glob("lab/*.py")} | {"lab"}
+    ours = lab | {"agrpo", "kernels", "tasks"}
+    assert imported(ROOT / "kernels.py") & ours == set()
+    assert imported(ROOT / "tasks.py") & ours == set()
+    assert imported(ROOT / "agrpo.py") & ours == {"kernels", "tasks"}
+    for path in ROOT.glob("lab/*.py"):
+        if path.stem != "experiments":
+            assert imported(path) & lab == set(), path
 
 
 def test_the_repository_speaks_of_the_project_alone():
+    private = "/" + r"work/|/" + r"root/|/home/" + r"\w"
     for path in ROOT.rglob("*"):
-        inside = path.relative_to(ROOT).parts
-        if path.suffix in (".py", ".md", ".sh", ".txt") and not {".venv", "runs", ".git"} & set(inside):
-            text = path.read_text()
-            assert not re.search(r"/" + "work/|/" + "root/|/home/" + r"\w", text), path
+        folders = set(path.relative_to(ROOT).parts)
+        if path.suffix in (".py", ".md", ".sh", ".txt") and not {".venv", "runs", ".git"} & folders:
+            assert not re.search(private, path.read_text()), path

@@ -1,4 +1,4 @@
-"""Claims about tasks.py, lab/math_task.py and lab/choice_task.py: checkers, prompts, data, errors.
+"""Claims about tasks.py, lab/math_task.py and lab/choice_task.py: checkers, prompts, data.
 
 The tables hold answers that fooled other checkers, and right answers that others refused.
 """
@@ -82,7 +82,8 @@ def test_where_the_answer_is_found(text, content, where, thought):
 
 @pytest.mark.parametrize("task", RIGHT)
 def test_content_is_correct_and_tags_are_paid_for_separately(task):
-    own = {"countdown": 0.5, "sudoku": 0.5}.get(task, 0.0)          # part of format without tags
+    own = {"countdown": 0.5, "sudoku": 0.5}.get(task,
+                                                0.0)          # part of format without tags
     for text, think, answer in (
             (tagged(RIGHT[task]), 0.5, 0.5), (f"<answer>{RIGHT[task]}</answer>", 0, 0.5),
             (f"<think>a</think><answer>{RIGHT[task]}", 0.5, 0),
@@ -92,9 +93,12 @@ def test_content_is_correct_and_tags_are_paid_for_separately(task):
         format = (own if own else think) + answer
         assert (got.correct, got.reward, got.format) == (True, 3 + format, format), text
         assert got.metrics["tagged"] == (answer > 0)
-    assert not tasks.grade(task, f"{tagged(RIGHT[task])}<answer>7</answer>", EXAMPLES[task]).correct
-    outside = tasks.grade(task, RIGHT[task], EXAMPLES[task])        # the last box: GSM8K and MATH
-    assert (outside.correct, outside.reward) == ((True, 3.0) if task == "gsm8k" else (False, 0.0))
+    assert not tasks.grade(task, f"{tagged(RIGHT[task])}<answer>7</answer>",
+                           EXAMPLES[task]).correct
+    outside = tasks.grade(task, RIGHT[task],
+                          EXAMPLES[task])        # the last box: GSM8K and MATH
+    assert (outside.correct, outside.reward) == ((True, 3.0) if task == "gsm8k" else (False,
+                                                                                      0.0))
     wrong = grade(task, "2 + 2", EXAMPLES[task])
     assert not wrong.correct and wrong.reward <= 1
 
@@ -109,13 +113,17 @@ def test_content_is_correct_and_tags_are_paid_for_separately(task):
         "60 + 13 + (4 = 73", "60 + 13 = 4 = 73", "4 = 60 + 13"]),
     ([30, 100, 23], 23, ["$30 100$ $23$ = 23", "30 100 23 = 23"]),
     ([17, 18, 5], 67, [
-        "17 * 5 - 18 = 999", "17 * 5 - 18 = 67 = 5", "17 * 5 - 18 == 67", "17 * 5 - 18 =", "= 67",
-        "67", "", "67 = 17 * 5 - 18", "17 * 5 - 18 = 67.0", "17 * 5 - 18 = 60 + 7", "17 x 5 - 18",
+        "17 * 5 - 18 = 999", "17 * 5 - 18 = 67 = 5", "17 * 5 - 18 == 67", "17 * 5 - 18 =",
+        "= 67",
+        "67", "", "67 = 17 * 5 - 18", "17 * 5 - 18 = 67.0", "17 * 5 - 18 = 60 + 7",
+        "17 x 5 - 18",
         "17 * 5 - 18 = +67", "17 * 5 - 18 = 67!", "17 * 5 - 18 equals 67", "17 * 5 - 18 = 6 7",
-        r"\boxed{\boxed{17 * 5 - 18}}", r"\frac{17 * 5}{1} - 18", "$17 * 5 - 18", "1 7 * 5 - 1 8",
+        r"\boxed{\boxed{17 * 5 - 18}}", r"\frac{17 * 5}{1} - 18", "$17 * 5 - 18",
+        "1 7 * 5 - 1 8",
         "１７ * 5 - 18", "17 * 5 - 18\0", "5 * 17 - 18 - 18", "+17 * 5 - 18", "17 *5 - 18,",
         "{17 * 5} - 18", "[17 * 5] - 18", "17 ** 5 - 18", "17 * 5 -", "17 * 5 - 18)", "17 5 18",
-        "() 17 * 5 - 18", "17_0 * 5 - 18", "0x11 * 5 - 18", "1e1", "(17 * 5, 18)", "17 * 5 - 18 if 1",
+        "() 17 * 5 - 18", "17_0 * 5 - 18", "0x11 * 5 - 18", "1e1", "(17 * 5, 18)",
+        "17 * 5 - 18 if 1",
         "-(18 - 17 * 5)", "17 * 5 - 18.0", "~17 * 5 - 18", "17 @ 5 - 18", "17 * 5 & 18"]),
     ([2, 3, 4], 12, ["2^3 + 4 = 12", "2**3+4", "2^{3} + 4", "2³ + 4"]),
     ([7, 2, 1], 4, ["7 // 2 + 1", "7 / / 2 + 1", "7 % 2 + 1", "7 / 2 + 1"]),
@@ -132,18 +140,22 @@ def test_countdown_refuses(nums, target, answers):
 @pytest.mark.parametrize("nums, target, answers", [
     ([7, 9, 4], 35, ["7(9 - 4) = 35", "7 (9-4)", "(7)(9 - 4)", r"7\left(9 - 4\right) = 35"]),
     ([17, 18, 5], 67, [
-        "17 × 5 - 18 = 67", r"17 \times 5 - 18 = 67", r"\boxed{17 * 5 - 18 = 67}", "17 * 5 - 18",
+        "17 × 5 - 18 = 67", r"17 \times 5 - 18 = 67", r"\boxed{17 * 5 - 18 = 67}",
+        "17 * 5 - 18",
         "17 * 5\n- 18\n= 67", r"17\cdot5-18", "17·5−18=67", "17 ⋅ 5 – 18", "$17 * 5 - 18 = 67$",
-        r"$$17 \times 5 - 18$$", r"$\boxed{17*5-18=67}$", r"\boxed{$17*5-18$}", r"\(17 * 5 - 18\)",
+        r"$$17 \times 5 - 18$$", r"$\boxed{17*5-18=67}$", r"\boxed{$17*5-18$}",
+        r"\(17 * 5 - 18\)",
         "17 * 5 - 18 = 67.", r"$17 * 5 - 18 = 67$.", "((17)) * (5) - (18)", "(((17 * 5 - 18)))",
         "\t17 *\r\n5 -18 ", "017 * 5 - 18 = 067"]),
-    ([8, 4, 2], 4, ["8 ÷ 4 * 2", r"8 \div 4 \cdot 2", "8/4(2)"]), ([8, 4, 2], 1, ["8 / (4 * 2)"]),
+    ([8, 4, 2], 4, ["8 ÷ 4 * 2", r"8 \div 4 \cdot 2", "8/4(2)"]),
+    ([8, 4, 2], 1, ["8 / (4 * 2)"]),
     ([9, 2, 3], 4, ["9 - 2 - 3"]), ([8, 3, 3], 8, ["8 / (3 / 3)"]),
     ([3, 3, 7, 7], 24, ["7 * (3 + 3 / 7)"]), ([5, 8], -3, ["5 - 8 = -3"])])
 def test_countdown_accepts(nums, target, answers):
     for answer in answers:
         got = grade("countdown", answer, {"nums": nums, "target": target})
-        assert (got.reward, got.correct, got.format, got.reason) == (4, True, 1, f"value {target}")
+        assert (got.reward, got.correct, got.format, got.reason) == (4, True, 1,
+                                                                     f"value {target}")
 
 
 @pytest.mark.parametrize("answer, format, reason", [
@@ -158,7 +170,7 @@ def test_countdown_says_why_an_answer_is_wrong(answer, format, reason):
 
 
 def trees(items):
-    """Every expression over the items in this order, with parentheses, and its value or None."""
+    """Every expression over the items in this order, and its value or None."""
     if len(items) == 1:
         yield str(items[0]), Fraction(items[0])
     for cut in range(1, len(items)):
@@ -182,20 +194,21 @@ def test_countdown_agrees_with_all_expressions_of_three_numbers(nums):
 
 # --- Sudoku -----------------------------------------------------------------------------------
 
-EMPTY = [i for i in range(16) if PUZZLE[i] == "0"]
-HALF = "".join("1432324141232314"[i] if i not in EMPTY[:4] else str(int(SOLUTION[i]) % 4 + 1)
-               for i in range(16))      # four of the eight empty cells wrong, givens kept
+EMPTY = [i for i in range(16) if PUZZLE[i] == "0"]              # nine cells
+# three of them wrong, all givens kept
+THREE_WRONG = "".join(str(int(SOLUTION[i]) % 4 + 1) if i in EMPTY[:3] else SOLUTION[i]
+                      for i in range(16))
 
 
 @pytest.mark.parametrize("answer, format, share, correct", [
     (SOLUTION, 1.0, 1.0, True), (" ".join(SOLUTION), 1.0, 1.0, True),
     ("\n".join(SOLUTION[i:i + 4] for i in (0, 4, 8, 12)), 1.0, 1.0, True),
     # what a model that was shown no example writes: the zeros copied, or the givens changed
-    (PUZZLE, 0.5, 0.0, False), (HALF, 1.0, 0.5, False),
-    ("1" * 16, 0.75, sum(SOLUTION[i] == "1" for i in EMPTY) / 8, False),
-    ("2" + HALF[1:], 0.75, 0.5, False), ("2" + SOLUTION[1:], 0.75, 1.0, False),
-    ("4434344441242444", 0.75, sum("4434344441242444"[i] == SOLUTION[i] for i in EMPTY) / 8, False),
-    (SOLUTION + "9999", 0.5, 0.0, False), (SOLUTION[:15], 0.5, 0.0, False), ("", 0.5, 0.0, False),
+    (PUZZLE, 0.5, 0.0, False), (THREE_WRONG, 1.0, 6 / 9, False), ("1" * 16, 0.75, 1 / 9, False),
+    ("2" + THREE_WRONG[1:], 0.75, 6 / 9, False), ("2" + SOLUTION[1:], 0.75, 1.0, False),
+    ("4434344441242444", 0.75, 1.0, False),                          # overwritten givens only
+    (SOLUTION + "9999", 0.5, 0.0, False), (SOLUTION[:15], 0.5, 0.0, False),
+    ("", 0.5, 0.0, False),
     (SOLUTION[:15] + "0", 0.5, 0.0, False), (SOLUTION.replace("1", "１"), 0.5, 0.0, False),
     (f"Grid: {SOLUTION}", 0.5, 0.0, False), ("-".join(SOLUTION), 0.5, 0.0, False)])
 def test_sudoku_pays_for_tag_digits_givens_and_cells(answer, format, share, correct):
@@ -208,7 +221,8 @@ def test_sudoku_pays_for_tag_digits_givens_and_cells(answer, format, share, corr
 def units(grid):
     """Rows, columns and boxes of a 4x4 grid, written out."""
     return [[grid[i] for i in cells] for cells in (
-        (0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11), (12, 13, 14, 15), (0, 4, 8, 12), (1, 5, 9, 13),
+        (0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11), (12, 13, 14, 15), (0, 4, 8, 12),
+        (1, 5, 9, 13),
         (2, 6, 10, 14), (3, 7, 11, 15), (0, 1, 4, 5), (2, 3, 6, 7), (8, 9, 12, 13),
         (10, 11, 14, 15))]
 
@@ -249,11 +263,14 @@ SCALED = ["thousand", "thousands", "k", "K", "M", "bn", "mln", "million", "dozen
 
 
 @pytest.mark.parametrize("gold, answers", [
-    ("18", ["18.75", "-18", "18/7", "18, 19", "18^2", "1800", "0.18", "9+9", "18 or 17", "18=17",
+    ("18", ["18.75", "-18", "18/7", "18, 19", "18^2", "1800", "0.18", "9+9", "18 or 17",
+            "18=17",
             "18 19", "1 8", "18k", "18!", "18e0", "18-0", "18*1", "--18", "eighteen", "", "1,8",
             "18,", r"\sqrt{324}", r"\frac{36}{0}", r"\frac{36}{2}1", "18 1/2", "0x12", "١٨",
-            "36/2/1", "18..", r"9 \times 2", "18 17 dollars", r"18 \text{or} 17", "nan", "$", ".",
-            r"-\boxed{18}", r"17 \boxed{18}", r"\boxed{17}\boxed{18}", r"\boxed{18}^2", "9" * 5000,
+            "36/2/1", "18..", r"9 \times 2", "18 17 dollars", r"18 \text{or} 17", "nan", "$",
+            ".",
+            r"-\boxed{18}", r"17 \boxed{18}", r"\boxed{17}\boxed{18}", r"\boxed{18}^2",
+            "9" * 5000,
             r"9 + \boxed{9}", r"\sqrt\boxed{18}", r"\boxed{9} + 9", r"2 \times \boxed{18}"]),
     ("5", [f"5 {word}" for word in SCALED] + [rf"\boxed{{5}} {word}" for word in SCALED]
      + [rf"5 \text{{ {word}}}" for word in SCALED] + ["5m", "5K"]),
@@ -286,9 +303,11 @@ def test_gsm8k_accepts(gold, answers):
 @pytest.mark.parametrize("text", [
     r"<answer>\boxed{18} more cupcakes</answer>", r"<answer>\boxed{18}\) kg/week.</answer>",
     r"<answer>9 + 9 = \boxed{18} \text{ hours}</answer>", r"<answer>\boxed{18</answer>",
-    r"<answer>\boxed{}18</answer>", "<answer>boxed{18}</answer>", r"<think>so \boxed{17}</think> "
+    r"<answer>\boxed{}18</answer>", "<answer>boxed{18}</answer>",
+    r"<think>so \boxed{17}</think> "
     r"It is {\boxed{18}} of them.", r"<answer>\boxed{18}", r"<answer>1. 6 + 3 = 9" "\n"
-    r"2. Double: \[ \boxed{18} \]</answer>", r"First \boxed{9}, then \boxed{18} and that is it."])
+    r"2. Double: \[ \boxed{18} \]</answer>",
+    r"First \boxed{9}, then \boxed{18} and that is it."])
 def test_gsm8k_reads_what_models_write_around_a_box(text):
     assert tasks.grade("gsm8k", text, EXAMPLES["gsm8k"]).correct
 
@@ -309,32 +328,43 @@ INFTY = r"\infty"
 MATH_RIGHT = [
     # intervals, named or not on either side; unions in any order
     ("[0,5)", r"x \in [0, 5)"), (r"x \in [0, 5)", "[0,5)"), ("(-3,4)", "-3<x<4"),
-    ("-3<x<4", "(-3,4)"), (r"[2,\infty)", r"x\ge 2"), (r"x \geq 2", r"[2,\infty)"), ("-3<x<4", "4>x>-3"),
+    ("-3<x<4", "(-3,4)"), (r"[2,\infty)", r"x\ge 2"), (r"x \geq 2", r"[2,\infty)"),
+    ("-3<x<4", "4>x>-3"),
     (r"(-\infty,1)\cup(2,3]", r"(2,3] \cup (-\infty, 1)"), ("[2,5)", r"\left[2, 5\right)"),
     (r"x \in (-\infty,1)\cup(2,\infty)", r"x<1 \text{ or } x > 2"), ("(3,4]", r"3 < x \leq 4"),
     # dollars, solutions joined by "or" or commas, names
-    (r"\frac{2}{5}", r"$\frac{2}{5}$"), ("4,7", "x=4, x=7"), ("4,7", r"x = 4 \text{ or } x = 7"),
-    ("4,7", "x = 4 or x = 7"), ("4,7", "x = 7, 4"), ("1,-2", r"-2 \text{ and } 1"), ("5", "x=5"),
+    (r"\frac{2}{5}", r"$\frac{2}{5}$"), ("4,7", "x=4, x=7"),
+    ("4,7", r"x = 4 \text{ or } x = 7"),
+    ("4,7", "x = 4 or x = 7"), ("4,7", "x = 7, 4"), ("1,-2", r"-2 \text{ and } 1"),
+    ("5", "x=5"),
     ("(1,2)", "(a,b) = (1,2)"), (r"\{1,2,3\}", "3,2,1"), ("18", "9+9=18"), ("(3,4)", "(3, 4)"),
     (r"\{1\pm\sqrt{5},-2\}", r"-2, 1+\sqrt5, 1-\sqrt5"),
     # percents, units, words, layout
-    ("12.5", r"12.5\%"), (r"12.5\%", "12.5"), (r"\text{Evelyn}", "Evelyn"), (r"\text{(B)}", "B"),
+    ("12.5", r"12.5\%"), (r"12.5\%", "12.5"), (r"\text{Evelyn}", "Evelyn"),
+    (r"\text{(B)}", "B"),
     ("5", r"5 \text{ cm}"), (r"15\mbox{ cm}^2", "15"), ("5", "5 cm"), (r"\$32,\!348", "32348"),
     ("1000", "1,000"), (r"120^\circ", "120"), (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}"),
-    (r"\text{even}", "even"), ("9", r"\text{The answer is } 9"), ("5", "5."), ("1000", r"1{,}000"),
+    (r"\text{even}", "even"), ("9", r"\text{The answer is } 9"), ("5", "5."),
+    ("1000", r"1{,}000"),
     # equations, bases, values
-    ("x+y=9", "9 = x + y"), ("x+y=9", "2x+2y=18"), ("y = 2x + 3", "2x - y + 3 = 0"), ("x=5", "x = 5"),
-    ("101_{2}", "101_2"), (r"5\sqrt{2}", r"\sqrt{50}"), (r"\frac{1}{2}", "0.5"), ("0.5", r"\frac12"),
+    ("x+y=9", "9 = x + y"), ("x+y=9", "2x+2y=18"), ("y = 2x + 3", "2x - y + 3 = 0"),
+    ("x=5", "x = 5"),
+    ("101_{2}", "101_2"), (r"5\sqrt{2}", r"\sqrt{50}"), (r"\frac{1}{2}", "0.5"),
+    ("0.5", r"\frac12"),
     (r"1\frac{4}{5}", "1.8"), ("6 - 5i", "-5i+6"), (r"\cot x", r"\frac{1}{\tan x}"),
     ("x^2+2x+1", "(x+1)^2"), (r"\sqrt{2}+\sqrt{3}", r"\sqrt{5+2\sqrt{6}}"), ("p - q", "-q+p"),
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix} 1 \\ 2 \end{bmatrix}"), ("18", "9+9"),
+    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix} 1 \\ 2 \end{bmatrix}"),
+    ("18", "9+9"),
     ("(3, 6/4)", r"(3,\frac{3}{2})"), (r"Hence \boxed{1}, then $\boxed{\frac{3}{4}}$.", "3/4")]
 MATH_WRONG = [
-    ("(3,4)", "3,4"), ("3,4", "(3,4)"), ("(3,4)", "(4,3)"), ("(3,4)", "[3,4]"), ("[0,5)", "[0,5]"),
+    ("(3,4)", "3,4"), ("3,4", "(3,4)"), ("(3,4)", "(4,3)"), ("(3,4)", "[3,4]"),
+    ("[0,5)", "[0,5]"),
     ("(15,-29)", "(8,-2)"), ("-3<x<4", "-3<x<5"), (r"x \ge 2", "x>2"), ("4,7", "x=4,y=7"),
-    (r"(-\infty,1)\cup(2,3]", "(2,3]"), ("1,2,2", "1,2"), ("3", "3,4"), ("3", r"3 \text{ or } 4"),
+    (r"(-\infty,1)\cup(2,3]", "(2,3]"), ("1,2,2", "1,2"), ("3", "3,4"),
+    ("3", r"3 \text{ or } 4"),
     # equations and bases
-    ("x+y=9", "9"), ("x=5", "5"), ("y=2x+3", "2x+3"), ("3", "5=3"), ("3", "3=5"), ("5", "101_2"),
+    ("x+y=9", "9"), ("x=5", "5"), ("y=2x+3", "2x+3"), ("3", "5=3"), ("3", "3=5"),
+    ("5", "101_2"),
     ("101_3", "101_2"), ("101_2", "5"),
     # beyond double precision
     (r"\frac{1}{2^{61}}", r"\frac{1}{2^{60}}"), (r"\sqrt3", r"\sqrt3+e^{-50}"),
@@ -344,21 +374,24 @@ MATH_WRONG = [
     ("5m", "5"), ("5", "5m"), ("5", "5 thousand"), ("5", r"5 \text{ thousand}"), ("x", "y"),
     (r"\text{even}", r"\text{odd}"),
     # read in part by a parser
-    ("3", r"3 \approx 4"), ("3", r"\pm 3"), ("7", "4 3"), ("7", r"4 \quad 3"), ("3", r"3 \ldots"),
+    ("3", r"3 \approx 4"), ("3", r"\pm 3"), ("7", "4 3"), ("7", r"4 \quad 3"),
+    ("3", r"3 \ldots"),
     ("12", "1 2"), ("3", "3$ or $4"), ("3", r"3 \equiv 4"), ("10", "1"), ("3", "-3"), ("3", ""),
-    ("3", "}{3"), ("1", "1}"), ("5", "(" * 200 + "5" + ")" * 200), ("5", "5" * 1001)]
+    ("3", "}{3"), ("5", "(" * 200 + "5" + ")" * 200), ("5", "5" * 1001)]
 
 
 def test_math_rows_of_the_table():
     rows = [(*row, True) for row in MATH_RIGHT] + [(*row, False) for row in MATH_WRONG]
-    grades = tasks.grade_batch("math", [tagged(rf"\boxed{{{answer}}}") for _, answer, _ in rows],
+    grades = tasks.grade_batch("math", [tagged(rf"\boxed{{{answer}}}") for _, answer,
+                                        _ in rows],
                                [{"question": "", "answer": gold} for gold, _, _ in rows])
     wrong = [(*row, g.reason) for row, g in zip(rows, grades) if g.correct != row[2]]
     assert not wrong
     assert all(g.reward == (4 if g.correct else 1) for g in grades)
     bare = tasks.grade("math", tagged(r"$\frac{2}{5}$"), {"question": "", "answer": "0.4"})
     assert bare.correct and bare.metrics == {"tagged": 1.0, "string_match": 0.0}
-    same = tasks.grade("math", r"so \boxed{\dfrac{1}{2}}", {"question": "", "answer": r"\frac{1}{2}"})
+    same = tasks.grade("math", r"so \boxed{\dfrac{1}{2}}",
+                       {"question": "", "answer": r"\frac{1}{2}"})
     assert same.reward == 3 and same.metrics == {"tagged": 0.0, "string_match": 1.0}
 
 
@@ -371,8 +404,7 @@ def test_math_lists_keep_their_order_where_the_question_asks_for_one():
 
 def test_honest_answers_beside_runaways_are_judged_and_the_warning_is_harmless(caplog):
     math_task.judge([("1", "2-1", False)])                           # the child has started
-    pid = math_task.judge.process.pid
-    runaways = ["9^{9^{9^{9}}}", "99999999!\x1b[2J\nCORRECT", r"\frac{1}{" * 25 + "2" + "}" * 25]
+    runaways = ["9^{9^{9^{9}}}", "99999999!\x1b[2J\nCORRECT", "9^{9^9}+1"]
     answers = [*runaways, *[f"{i}+{18 - i}" for i in range(500)]]
     start = time.monotonic()
     with caplog.at_level(logging.WARNING, logger="tasks"):
@@ -382,8 +414,9 @@ def test_honest_answers_beside_runaways_are_judged_and_the_warning_is_harmless(c
     assert time.monotonic() - start < 60 and "count as wrong" in caplog.text
     for text in [record.getMessage() for record in caplog.records] + [g.parsed for g in grades]:
         assert text.isprintable()
-    with pytest.raises(ProcessLookupError):                          # killed, and no zombie
-        os.kill(pid, 0)
+    zombies = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "stat="],
+                             capture_output=True, text=True).stdout.count("Z")
+    assert zombies == 0
 
 
 def test_a_killed_child_is_replaced():
@@ -400,7 +433,8 @@ sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "lab")!r}]
 import math_task, tasks
 example = {{"question": "", "answer": "18"}}
 out = []
-thread = threading.Thread(target=lambda: out.append(tasks.grade("math", r"\\boxed{{9+9}}", example)))
+ask = lambda: out.append(tasks.grade("math", r"\\boxed{{9+9}}", example))
+thread = threading.Thread(target=ask)
 thread.start(); thread.join()
 pid = math_task.judge.process.pid
 print(out[0].correct, "libtorch" in open(f"/proc/{{pid}}/maps").read(), pid, flush=True)
@@ -426,9 +460,11 @@ def test_a_missing_math_verify_is_an_error_and_not_a_wrong_answer(monkeypatch):
 # --- Multiple choice --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("answer, correct", [
-    *[(a, True) for a in ("B", "b", "(B)", "B.", " B\n", r"\boxed{B}", r"$\boxed{(b)}$", "B. there",
+    *[(a, True) for a in ("B", "b", "(B)", "B.", " B\n", r"\boxed{B}", r"$\boxed{(b)}$",
+                          "B. there",
                           "B) there", "B: word", r"\boxed{\text{B}}")],
-    *[(a, False) for a in ("A", "A or B", "there", "BB", "", "B. here", "B. or A", "C", "E", "1")]])
+    *[(a, False) for a in ("A", "A or B", "there", "BB", "", "B. here", "B. or A", "C", "E",
+                           "1")]])
 def test_multiple_choice_takes_one_letter(answer, correct):
     example = {"question": "Where?", "choices": ["here", "there"], "answer": "B"}
     got = grade("commonsense_qa", answer, example)
@@ -438,8 +474,10 @@ def test_multiple_choice_takes_one_letter(answer, correct):
 # --- Any text at all --------------------------------------------------------------------------
 
 PIECES = st.sampled_from([
-    "<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "{", "\\", "$", "(", ")", "17",
-    "18", "5", " ", "\n", "*", "-", "=", "/", ",", ".", "\\left(", "\\frac{", "\\text{", "\ud800",
+    "<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "{", "\\", "$", "(", ")",
+    "17",
+    "18", "5", " ", "\n", "*", "-", "=", "/", ",", ".", "\\left(", "\\frac{", "\\text{",
+    "\ud800",
     "\0", "１", "a", "the", "final"])
 
 
@@ -468,13 +506,16 @@ def test_any_text_up_to_100_kb_gets_a_grade_in_50_ms(before, repeated, after):
 
 
 @pytest.mark.parametrize("core", [
-    "(" * 50_000 + "1" + ")" * 50_000, "(" * 490, "1+" * 49_000 + "1", "9" * 100_000, "1+" * 249,
+    "(" * 50_000 + "1" + ")" * 50_000, "(" * 490, "1+" * 49_000 + "1", "9" * 100_000,
+    "1+" * 249,
     "17*5-18=" + "9" * 99_000, "17*5-18=" + "9" * 490, " " * 99_000 + "1", "1 " * 50_000,
     "1(1" * 30_000, "\\boxed{" * 14_000, "\\boxed{" + "{" * 99_000, "\\boxed" + " " * 99_000,
-    "\\boxed{" + "{}" * 49_000 + "}", "\\boxed{1}" * 11_000, "1" + ",000" * 24_000, "$" * 99_000,
+    "\\boxed{" + "{}" * 49_000 + "}", "\\boxed{1}" * 11_000, "1" + ",000" * 24_000,
+    "$" * 99_000,
     "=" * 99_000, "18" + " " * 99_000 + "dollars", "18" + " a" * 40_000, "<answer>" * 12_000,
     "<think><answer></think></answer>" * 3000, "<think>" * 14_000, "<" * 99_000, "the" * 33_000,
-    "</answer>" * 11_000, "93" + "**30" * 20_000, "\\" * 99_000, "7" * 4301, "0" * 9000 + "17*5-18",
+    "</answer>" * 11_000, "93" + "**30" * 20_000, "\\" * 99_000, "7" * 4301,
+    "0" * 9000 + "17*5-18",
     "\\boxedboxed" * 9_000 + "!", "your final answer" * 6000 + "!"],
     ids=lambda core: f"{core[:12]}-{len(core)}")
 def test_the_worst_texts_we_could_think_of_are_quick(core):
@@ -500,12 +541,14 @@ def test_nothing_the_model_wrote_is_executed():
 # --- Generated data ---------------------------------------------------------------------------
 
 def test_generated_problems_are_those_of_earlier_releases():
-    """Computed once and for all: earlier numbers stay comparable, on any machine and process."""
+    """So that earlier numbers stay comparable, on any machine."""
     for task, split, i, example in (
             ("countdown", "train", 7, {"nums": [84, 85, 95], "target": 74}),
             ("countdown", "test", 999, {"nums": [95, 66, 99], "target": 62}),
-            ("sudoku", "train", 7, {"puzzle": "2030431014000200", "solution": "2134431214233241"}),
-            ("sudoku", "test", 999, {"puzzle": "0130000010230314", "solution": "4132324114232314"})):
+            ("sudoku", "train", 7,
+             {"puzzle": "2030431014000200", "solution": "2134431214233241"}),
+            ("sudoku", "test", 999,
+             {"puzzle": "0130000010230314", "solution": "4132324114232314"})):
         seed = 3 if split == "train" else 0
         assert tasks.load(task, split, seed=seed)[i] == example
 
@@ -560,9 +603,11 @@ def test_prompts_have_rules_examples_and_a_short_user_turn():
         assert all(tag in system["content"] for tag in ("<think>", "</think>", "<answer>"))
         assert ("boxed" in system["content"]) == (name in ("gsm8k", "math"))
     rules = tasks.TASKS["countdown"].prompt(COUNTDOWN)[0]["content"]
-    worked = re.search(r"Numbers: ([\d ]+) and Target: (\d+), write (<answer>.*</answer>)", rules)
+    worked = re.search(r"Numbers: ([\d ]+) and Target: (\d+), write (<answer>.*</answer>)",
+                       rules)
     example = {"nums": [int(n) for n in worked[1].split()], "target": int(worked[2])}
-    assert tasks.grade("countdown", worked[3], example).reward == 4 and not tasks.in_test(**example)
+    assert tasks.grade("countdown", worked[3],
+                       example).reward == 4 and not tasks.in_test(**example)
     rules = tasks.TASKS["sudoku"].prompt(SUDOKU)[0]["content"]
     assert len(set(tasks.SUDOKU_EXAMPLES)) == 3 == rules.count("<answer>") - 1
     for puzzle, solution in tasks.SUDOKU_EXAMPLES:
@@ -572,7 +617,8 @@ def test_prompts_have_rules_examples_and_a_short_user_turn():
 
 def test_the_examples_of_the_docstrings_earn_4():
     for module in (tasks, choice_task, math_task):
-        for problem, text in re.findall(r"(\{\"\w+\": .*\})\s+(<\w+>.*</answer>)", module.__doc__):
+        for problem, text in re.findall(r"(\{\"\w+\": .*\})\s+(<\w+>.*</answer>)",
+                                        module.__doc__):
             example = ast.literal_eval(problem)
             name = {"nums": "countdown", "puzzle": "sudoku"}.get(next(iter(example)), "gsm8k")
             name = "commonsense_qa" if "choices" in example else name
@@ -600,6 +646,9 @@ ROWS = {
     "hellaswag": [{"ctx": f"{n}.", "endings": ["a", "b"], "label": "1"} for n in range(40)]}
 
 
+LEFT_OUT = "10 rows left out because they are test problems"
+
+
 @pytest.mark.parametrize("train_from", ["hub", "file"])
 @pytest.mark.parametrize("test_from", ["hub", "file"])
 @pytest.mark.parametrize("task", ROWS)
@@ -616,9 +665,9 @@ def test_training_never_sees_a_test_problem(tmp_path, monkeypatch, task, train_f
     seen = [e for e in train[:300] if tasks.key(tasks.TASKS[task], e) in known]
     assert not seen
     if file["test"]:
-        assert len(test) == 20                                       # nothing of it is parted away
+        assert len(test) == 20                  # nothing of it is parted away
     if task not in ("countdown", "sudoku", "countdown-3to4"):
-        assert len(train) == 20 and "10 rows left out because they are test problems" in train.source
+        assert len(train) == 20 and LEFT_OUT in train.source
 
 
 def test_generated_problems_that_a_test_file_holds_are_drawn_again(tmp_path):
@@ -630,7 +679,8 @@ def test_generated_problems_that_a_test_file_holds_are_drawn_again(tmp_path):
     known = {(*sorted(e["nums"]), e["target"]) for e in held_out}
     assert not known & {(*sorted(e["nums"]), e["target"]) for e in train[:300]}
     assert train[:300] == train[:300] and "no test problem" in train.source
-    kept = [i for i in range(300) if (*sorted(plain[i]["nums"]), plain[i]["target"]) not in known]
+    kept = [i for i in range(300) if (*sorted(plain[i]["nums"]),
+                                      plain[i]["target"]) not in known]
     assert kept and all(train[i] == plain[i] for i in kept)          # the others are untouched
     everything = [{"Puzzle": grid, "Solution": grid} for grid in tasks.grids()]
     test = tasks.load("sudoku", "test", file=write(tmp_path / "s.jsonl", *everything))
@@ -638,11 +688,12 @@ def test_generated_problems_that_a_test_file_holds_are_drawn_again(tmp_path):
         tasks.load("sudoku", "train", held_out=test)
 
 
-def test_without_held_out_the_hub_s_test_problems_are_left_out_all_the_same(tmp_path, monkeypatch):
+def test_without_held_out_the_hub_s_test_problems_are_left_out_all_the_same(tmp_path,
+                                                                            monkeypatch):
     rows = {"train": ROWS["math"][:30], "test": ROWS["math"][20:]}
     monkeypatch.setattr(tasks, "read_hub", lambda split, *where: (rows[split], "the hub"))
     train = tasks.load("math", "train")
-    assert len(train) == 20 and "10 rows left out because they are test problems" in train.source
+    assert len(train) == 20 and LEFT_OUT in train.source
     train = tasks.load("math", "train", file=write(tmp_path / "t.jsonl", *rows["train"]))
     assert len(train) == 30 and "test problems not looked for" in train.source
 
@@ -658,9 +709,12 @@ def test_the_hub_s_one_split_of_3to4_is_parted_by_problem(monkeypatch):
 
 
 def test_math_trains_on_levels_1_to_4(tmp_path):
-    rows = [{"problem": f"{i}", "level": level, "solution": solution} for i, (level, solution) in
-            enumerate([("Level 1", r"\boxed{1}, then \boxed{\frac{1}{2}}."), ("Level 5", r"\boxed{5}"),
-                       ("Level ?", r"\boxed{7}"), ("Level 4", r"is $\boxed 4$."), ("Level 2", "none"),
+    rows = [{"problem": f"{i}", "level": level, "solution": solution} for i,
+            (level, solution) in
+            enumerate([("Level 1", r"\boxed{1}, then \boxed{\frac{1}{2}}."),
+                       ("Level 5", r"\boxed{5}"),
+                       ("Level ?", r"\boxed{7}"), ("Level 4", r"is $\boxed 4$."),
+                       ("Level 2", "none"),
                        ("Level 3", r"\fbox{3}"), ("Level 2", r"\boxed{\{2\}}")])]
     file = write(tmp_path / "train.jsonl", *rows)
     train = tasks.load("math", "train", file=file)
@@ -682,12 +736,14 @@ def test_files_of_every_kind_are_read_by_datasets(tmp_path):
     assert len(tasks.load("countdown", "test", file=file, size=1)) == 1
     puzzle = "00" + SOLUTION[2:6] + "0" * 4 + SOLUTION[10:]
     file = write(tmp_path / "s.csv", "\ufeffPuzzle,Solution", f"{puzzle},{SOLUTION}")
-    assert list(tasks.load("sudoku", "test", file=file)) == [{"puzzle": puzzle, "solution": SOLUTION}]
+    assert list(tasks.load("sudoku", "test", file=file)) == [{"puzzle": puzzle,
+                                                              "solution": SOLUTION}]
     file = write(tmp_path / "s.jsonl", {"Puzzle": int(puzzle), "Solution": int(SOLUTION)})
     assert tasks.load("sudoku", "test", file=file)[0]["puzzle"] == puzzle
     rows = [{"question": "a", "answer": 18}, {"question": "b", "answer": 27.0},
             {"question": "c", "answer": "1 #### 1,000"}]
-    golds = [e["answer"] for e in tasks.load("gsm8k", "test", file=write(tmp_path / "g.jsonl", *rows))]
+    golds = [e["answer"] for e in tasks.load("gsm8k", "test",
+                                             file=write(tmp_path / "g.jsonl", *rows))]
     assert golds == ["18", "27", "1,000"]
     datasets.Dataset.from_list(rows[:2]).to_parquet(str(tmp_path / "g.parquet"))
     parquet = tasks.load("gsm8k", "test", file=str(tmp_path / "g.parquet"))
@@ -695,21 +751,28 @@ def test_files_of_every_kind_are_read_by_datasets(tmp_path):
 
 
 @pytest.mark.parametrize("task, name, lines, where", [
-    ("countdown", "b.jsonl", [{"input": "1,2,3", "output": "6"}, {"input": "1,x,3", "output": "6"}], 2),
+    ("countdown", "b.jsonl", [{"input": "1,2,3", "output": "6"}, {"input": "1,x,3",
+                                                                  "output": "6"}], 2),
     *[("countdown", "b.jsonl", [row], 1) for row in (
-        {"nums": [1, 2.5], "target": 3}, {"nums": [], "target": 3}, {"nums": [1, -2], "target": 3},
-        {"nums": [1, 2]}, {"nums": 7, "target": 3}, {"nums": [1, None], "target": 3}, "{}",
-        '{"nums": [1, ' + "9" * 5000 + '], "target": 3}', '{"nums": [1, 2], "target": "1e999999999"}')],
+        {"nums": [1, 2.5], "target": 3}, {"nums": [], "target": 3},
+        {"nums": [1, -2], "target": 3},
+        {"nums": [1, 2]}, {"nums": 7, "target": 3}, {"nums": [1, None], "target": 3},
+        '{"nums": [1, ' + "9" * 5000 + '], "target": 3}',
+        '{"nums": [1, 2], "target": "1e999999999"}')],
     ("countdown", "b.csv", ["input,output", '"1,2,3",6', '"1,2,3"'], 2),
-    ("sudoku", "b.csv", ["Puzzle,Solution", f"{PUZZLE},{SOLUTION}", f"9{PUZZLE[1:]},{SOLUTION}"], 2),
+    ("sudoku", "b.csv", ["Puzzle,Solution", f"{PUZZLE},{SOLUTION}",
+                         f"9{PUZZLE[1:]},{SOLUTION}"], 2),
     ("sudoku", "b.csv", ["Puzzle,Solution", f"{PUZZLE},{SOLUTION[::-1]}"], 1),
     ("sudoku", "b.csv", ["a,b", "1,2"], 1),
-    ("gsm8k", "b.jsonl", [{"question": "q", "answer": "#### 3"}, {"question": "q", "answer": "three"}], 2),
+    ("gsm8k", "b.jsonl", [{"question": "q", "answer": "#### 3"}, {"question": "q",
+                                                                  "answer": "three"}], 2),
     *[("gsm8k", "b.jsonl", [row], 1) for row in (
-        {"question": "q"}, {"question": None, "answer": "3"}, {"question": "q", "answer": "1e999999999"},
+        {"question": "q"}, {"question": None, "answer": "3"},
+        {"question": "q", "answer": "1e999999999"},
         {"question": "q", "answer": None}, {"question": "q", "answer": ["3"]})],
     ("math", "b.jsonl", [{"problem": 3, "solution": r"\boxed{3}"}], 1),
-    ("commonsense_qa", "b.jsonl", [{"question": "q", "choices": {"text": ["a"]}, "answerKey": "B"}], 1),
+    ("commonsense_qa", "b.jsonl", [{"question": "q", "choices": {"text": ["a"]},
+                                    "answerKey": "B"}], 1),
     ("hellaswag", "b.jsonl", [{"ctx": "c", "endings": ["a"], "label": "4"}], 1)])
 def test_a_bad_row_is_named_by_file_and_row(tmp_path, task, name, lines, where):
     file = write(tmp_path / name, *lines)
@@ -717,16 +780,20 @@ def test_a_bad_row_is_named_by_file_and_row(tmp_path, task, name, lines, where):
         tasks.load(task, "train", file=file)
     message = str(error.value)
     assert f"--train_file {file}" in message and "\n" not in message
-    assert f"row {where}" in message or f"row {where - 1}" in message    # a reader counts from 0
+    assert f"row {where}" in message
 
 
 def test_files_that_cannot_be_read_are_one_sentence(tmp_path, capfd):
     for name, content in {
             "binary.csv": b"Puzzle,Solution\n\xff\xfe,1\n", "binary.jsonl": b"\xff\xfe{}\n",
-            "empty.jsonl": b"", "empty.csv": b"", "notes.txt": b"hello", "array.json": b'[{"a": 1}]',
-            "rows.jsonl": b"[1, 2]\n", "broken.jsonl": b'{"a": 1}\n{\n', "deep.jsonl": b"[" * 100_000,
+            "empty.jsonl": b"", "empty.csv": b"", "notes.txt": b"hello",
+            "array.json": b'[{"a": 1}]',
+            "rows.jsonl": b"[1, 2]\n", "broken.jsonl": b'{"a": 1}\n{\n',
+            "deep.jsonl": b"[" * 100_000,
             "huge.jsonl": b'{"question": "q", "answer": 1e999999999}', "text.jsonl": b'"abc"\n',
-            "blank.jsonl": b"\n\n", "bad.parquet": b"nonsense", "head.csv": b"Puzzle,Solution\n"}.items():
+            "no.jsonl": b"{}\n",
+            "blank.jsonl": b"\n\n", "bad.parquet": b"nonsense",
+            "head.csv": b"Puzzle,Solution\n"}.items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "folder").mkdir()
     for file in [*tmp_path.iterdir(), tmp_path / "none.jsonl"]:
@@ -771,10 +838,14 @@ def test_the_hub_ids_are_those_of_the_paper():
 
 @pytest.mark.parametrize("task, options, said", [
     ("countdown", {"numbers": 1}, ["--numbers 1", "from 2 to 6"]),
-    ("countdown", {"max_target": 0}, ["--max_target 0"]), ("sudoku", {"empties": 13}, ["--empties 13"]),
-    ("countdown", {"empties": 3}, ["--empties", "--max_number"]), ("gsm8k", {"a": 3}, ["--a", "none"]),
-    ("countdown", {"numbers": "3"}, ["--numbers '3'", "int"]), ("countdown", {"numbers": True}, []),
-    ("math", {"max_level": 9}, ["--max_level 9", "1 to 5"]), ("chess", {}, ["--task chess", "gsm8k"]),
+    ("countdown", {"max_target": 0}, ["--max_target 0"]),
+    ("sudoku", {"empties": 13}, ["--empties 13"]),
+    ("countdown", {"empties": 3}, ["--empties", "--max_number"]),
+    ("gsm8k", {"a": 3}, ["--a", "none"]),
+    ("countdown", {"numbers": "3"}, ["--numbers '3'", "int"]),
+    ("countdown", {"numbers": True}, []),
+    ("math", {"max_level": 9}, ["--max_level 9", "1 to 5"]),
+    ("chess", {}, ["--task chess", "gsm8k"]),
     ("countdown", {"numbers": 2, "max_number": 1, "max_target": 1}, [])])
 def test_what_cannot_work_is_one_sentence_naming_the_flag(task, options, said):
     with pytest.raises(tasks.TaskError) as error:
@@ -794,11 +865,11 @@ def test_a_batch_grader_returns_a_grade_for_each_text(monkeypatch):
 
 def test_the_ten_lines_of_the_readme_make_a_task(monkeypatch):
     monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
-    (code,) = [block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(),
-                                             re.DOTALL) if "tasks.TASKS[" in block]
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if "tasks.TASKS[" in block]
     exec(code, {})
-    (name,) = set(tasks.TASKS) - {*RIGHT, *ROWS, "gsm8k-platinum"}
-    assert len([line for line in code.splitlines() if line.strip()]) <= 14
-    example = tasks.load(name, "train")[0]
-    assert tasks.grade(name, tagged(example["answer"]), example).reward == 4
-    assert not tasks.grade(name, tagged(example["answer"] + "1"), example).correct
+    test = tasks.load("reverse", "test")
+    train = tasks.load("reverse", "train", held_out=test)
+    assert not {e["word"] for e in train[:2000]} & {e["word"] for e in test}
+    assert tasks.grade("reverse", "<answer>cba</answer>", {"word": "abc"}).reward == 4
+    assert tasks.grade("reverse", "<answer>abc</answer>", {"word": "abc"}).reward == 1
