@@ -42,7 +42,6 @@ import signal
 import sys
 import tempfile
 import time
-import zipfile
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from hashlib import blake2b
@@ -1087,12 +1086,12 @@ def parse(argv=None):
     Every field is a flag, the comment behind it its help; so is every option of the task.
     """
     comments = dict(re.findall(r"^    (\w+): .*# (.+)$", inspect.getsource(Config), re.M))
-    flags = Parser(add_help=False, allow_abbrev=False)
+    common = Parser(add_help=False, allow_abbrev=False)
     for f in fields(Config):
         if f.name != "options":
-            add_flag(flags, f.name, f.default, comments[f.name])
-    task = find_task(vars(flags.parse_known_args(argv)[0]).get("task", Config.task))
-    parser = Parser(parents=[flags], allow_abbrev=False, usage="agrpo.py [--flag VALUE ...]")
+            add_flag(common, f.name, f.default, comments[f.name])
+    task = find_task(vars(common.parse_known_args(argv)[0]).get("task", Config.task))
+    parser = Parser(parents=[common], allow_abbrev=False, usage="agrpo.py [--flag VALUE ...]")
     for name, default in tasks.TASKS[task].options.items():
         add_flag(parser, name, default, f"an option of {task}")
     typed = dict(vars(parser.parse_args(argv)), task=task)
@@ -1161,10 +1160,16 @@ def check(cfg, typed):
         (not cfg.lora_r and cfg.dtype != "float32",
          f"--lora_r 0: small steps of all weights vanish in {cfg.dtype}; use --dtype float32")]
     broken = [sentence for is_broken, sentence in rules if is_broken]
+    renamed = {}
     try:
-        cfg.how, broken or cfg.cells()
+        cfg.how
+        renamed = {"--m ": "--steps ", "--C ": "--eval_C ", "--block_length ": "--eval_block "}
+        broken or cfg.cells()
     except ValueError as e:
-        broken.append(str(e))
+        sentence = str(e)
+        for name, flag in renamed.items():                      # what was typed for evaluations
+            sentence = sentence.replace(name, flag)
+        broken.append(sentence)
     if broken:
         raise UserError(broken[0])
 
@@ -1236,20 +1241,32 @@ def folder_of_my_own(out):
         raise UserError(f"--out {out} cannot be written to ({e.strerror})") from e
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
+    except OSError:
         raise UserError(f"--out {out} is in use by another run: choose another") from None
+    try:
+        yield
     finally:
-        os.close(handle)
         with contextlib.suppress(OSError):
             out.rmdir()                                         # if nothing was written
+        os.close(handle)
+
+
+def digest(data):
+    return blake2b(data, digest_size=16).digest()
+
+
+def flags(cfg):
+    """Every flag and its value, the task's own among them."""
+    fields = asdict(cfg)
+    options = fields.pop("options")
+    return {**fields, **options}
 
 
 def fingerprint(model):
     """The first numbers of the base model's tensors, hashed: another model has another."""
     some = [p.detach().flatten()[:8].double().cpu() for name, p in model.named_parameters()
             if "lora_" not in name]
-    return blake2b(torch.cat(some).numpy().tobytes(), digest_size=8).hexdigest()
+    return digest(torch.cat(some).numpy().tobytes()).hex()
 
 
 def load_checkpoint(path, cfg, base, trained, optimizer):
@@ -1257,15 +1274,15 @@ def load_checkpoint(path, cfg, base, trained, optimizer):
     if not path.exists():
         return None
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():                               # compares checksums
-                raise ValueError("its bytes are damaged")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
+        if digest(data[:-16]) != data[-16:]:
+            raise ValueError("its bytes are damaged")
+        saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         config, params, state = saved["config"], saved["trained"], saved["state"]
     except Exception as e:             # whatever the readers of zip and pickle raise
         raise UserError(f"{path} cannot be read ({first_line(e)}): move it away") from e
     free = ("out", "device", "save_every", "wandb", "preset", "revision", "model")
-    for name, value in asdict(cfg).items():
+    for name, value in flags(cfg).items():
         if name not in free and config.get(name) != value:
             raise UserError(f"{path} was made with --{name} {config.get(name)}, not {value}: "
                             "repeat its flags (config.json has them), or choose another --out")
@@ -1313,7 +1330,7 @@ def header(cfg, policy, *sources):
     where = where if cpu else torch.cuda.get_device_name(cfg.device)
     say(f"AGRPO | {', '.join(f'{name} {v}' for name, v in versions().items())} | {cfg.device}, "
         f"{where}, {processes()[1]} process(es) | seed {cfg.seed} | {cfg.out}")
-    changed = [f"{name} {value}" for name, value in asdict(cfg).items() if value != plain[name]]
+    changed = [f"{name} {v}" for name, v in flags(cfg).items() if v != plain.get(name, "")]
     for i in range(0, len(changed), 7):
         say("    " + ", ".join(changed[i:i + 7]))
     say("\n".join(policy.notes))
@@ -1527,7 +1544,7 @@ def learn(cfg, policy, data, test, stop):
     out, first_process, began = Path(cfg.out), processes()[0] == 0, time.time()
     trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     params, base = list(trained.values()), fingerprint(policy.model)
-    must_agree(dict(asdict(cfg), device="", model=base))
+    must_agree(dict(flags(cfg), device="", model=base))
     optimizer = torch.optim.AdamW(params, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
     state = load_checkpoint(out / "checkpoint.pt", cfg, base, trained, optimizer)
     must_agree(dict(out=state and state["update"]))
@@ -1538,8 +1555,9 @@ def learn(cfg, policy, data, test, stop):
         state["memory_bytes"] = max(state["memory_bytes"], peak_memory(cfg.device))
         if first_process:
             file = io.BytesIO()
-            torch.save(dict(state=state, config=asdict(cfg), trained=trained,
+            torch.save(dict(state=state, config=flags(cfg), trained=trained,
                             optimizer=optimizer.state_dict()), file)
+            file.write(digest(file.getvalue()))                 # torch.load reads past it
             write(out / "checkpoint.pt", file.getbuffer())
 
     if state:

@@ -23,7 +23,7 @@ bash run.sh COMMAND [flags]          times on 2 CPU cores with the tiny model
   test            every test                                                3 minutes
 
 The same command again goes on where it stopped. After the first one, .venv/bin/python agrpo.py
---help lists the flags, and torchrun --nproc_per_node 8 agrpo.py ... uses eight GPUs.
+--help lists the flags, and torchrun --nproc_per_node 8 -- agrpo.py ... uses eight GPUs.
 MENU
 }
 

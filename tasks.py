@@ -404,7 +404,7 @@ def question_prompt(example):
 
 # What a box may not touch, or it is a part only: -\boxed{18}, \boxed{9}^2, 9 + \boxed{9}
 COMMAND = r"\\(?:times|cdot|div|frac|sqrt|pm)"
-BEFORE = re.compile(rf"(?:[-+−*/^×÷·0-9]|{COMMAND}\{{?)(?:\\?\$|\\[(\[]|[ \t])*$")
+BEFORE = re.compile(rf"(?:[-+−*/^×÷·0-9]|{COMMAND}\{{?)(?:\\?\$|\\[(\[]|[ \t])*\Z")
 AFTER = re.compile(rf"(?:\\?\$|\\[)\]]|[ \t}})\]])*"
                    rf"(?:[-+−*/×÷·]\s*[\\({{0-9]|[!^_0-9]|{COMMAND})")
 

@@ -3,11 +3,11 @@
     bash run.sh eval --adapter runs/countdown-0/adapter --steps 12,6,2
     bash run.sh eval --preset llada --task gsm8k --steps 256,128,64 --seeds 3
 
-Each number of steps is decoded greedily and as the rollouts sample; sampled cells are repeated with
---seeds seeds over the same problems. Every graded batch is written at once, so the same command
-goes on after a kill, and may then ask for more steps, seeds or problems. Into --out
-[runs/eval-TASK-SEED] go generations.jsonl (every answer and its grade), eval.json (the table) and
-eval.png (accuracy against steps).
+Each number of steps is decoded greedily and as the rollouts sample; sampled cells are repeated
+with --seeds seeds over the same problems. Every graded batch is written at once, so the same
+command goes on after a kill, and may then ask for more steps, seeds or problems. Into --out
+[runs/eval-TASK-SEED] go generations.jsonl (every answer and its grade), eval.json (the table)
+and eval.png (accuracy against steps).
 """
 import argparse
 import contextlib
@@ -68,7 +68,7 @@ def read_back(path):
         records = [json.loads(line) for line in whole.split(b"\n") if line]
         return {place(record): record for record in records}
     except (ValueError, KeyError, TypeError) as e:
-        raise agrpo.UserError(f"{path} is damaged ({e}): move it away, or choose another --out") from e
+        raise agrpo.UserError(f"{path} is damaged ({e}): choose another --out") from e
 
 
 def refuse_other_flags(path, flags):
@@ -90,7 +90,7 @@ def grade_missing(policy, data, cfg, how, cell, kept, path):
         batch = missing[start:start + cfg.rollout_batch]
         if sys.stderr.isatty():
             print(f"\r{who}, m = {m}: {start} of {len(missing)} ", end="\r", file=sys.stderr)
-        # The keys of training's own evaluation: the same draws, so the same numbers as its table.
+        # The keys of training's own evaluation: the same draws, the same numbers as its table.
         keys = [(seed, "evaluation", m, i) for i in batch]
         examples = [data[i] for i in batch]
         _, texts, grades = agrpo.write_answers(policy, examples, keys, cfg, how)
@@ -162,18 +162,21 @@ def run(cfg, seeds):
             agrpo.say(line)
         source = data.source
         data = agrpo.short_enough(policy, data, cfg, "held-out")
-        kept = read_back(out / "generations.jsonl")
+        answers = out / "generations.jsonl"
+        kept = read_back(answers)
         columns = {who: [] for who in (("base", "trained") if cfg.adapter else ("base",))}
-        agrpo.say("\n steps sampling   base [95 % interval]" + "    trained" * bool(cfg.adapter))
+        agrpo.say("\n steps sampling   base [95 % interval]"
+                  + "    trained" * bool(cfg.adapter))
         n = min(cfg.eval_n, len(data))
         for greedy, how in cfg.cells():
             for who, rows in columns.items():
                 # A greedy decoding draws nothing: one seed is like another.
-                cells = [(who, cfg.seed + i, how.m, greedy) for i in range(1 if greedy else seeds)]
+                repeats = range(1 if greedy else seeds)
+                cells = [(who, cfg.seed + i, how.m, greedy) for i in repeats]
                 adapter_off = who == "base" and cfg.adapter
                 with policy.reference() if adapter_off else contextlib.nullcontext():
                     for cell in cells:
-                        grade_missing(policy, data, cfg, how, cell, kept, out / "generations.jsonl")
+                        grade_missing(policy, data, cfg, how, cell, kept, answers)
                 found = [[kept[(*cell, i)] for i in range(n)] for cell in cells]
                 rows.append(summarise(found, how.m, greedy))
             agrpo.say(agrpo.table_row(*(rows[-1] for rows in columns.values())))

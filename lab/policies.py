@@ -42,8 +42,10 @@ class Seeing(Policy):
     def __init__(self, model, tokenizer, mask_id, device="cpu"):
         super().__init__(model, tokenizer, mask_id, device)
         self.start = 0                 # where in the text the tokens being read begin
+        # Not by model_type: LLaDA-MoE's is LLaDA's, its code is not.
         self.like_llada = hasattr(getattr(model, "model", None), "transformer")
         if self.like_llada:
+            # LLaDA's RoPE takes the last n keys for the n queries, which holds for no suffix.
             for layer in model.model.transformer.blocks:
                 layer.rotary_emb.forward = partial(rotate, self, layer.rotary_emb)
         else:
@@ -67,6 +69,7 @@ class Seeing(Policy):
         ids (N, n), visible (N, 1, n, K); around: per layer keys and values (N, heads, K - n, d)
         of the other tokens seen. Returns hidden states (N, n, d), and the n's keys and values.
         """
+        # Past peft's wrapper; its LoRA layers stand in the model itself.
         base = getattr(self.model, "get_base_model", lambda: self.model)()
         self.start = start
         with self.autocast():
@@ -96,6 +99,7 @@ class BlockCausal(Seeing):
 
     def visible(self, mask, block):
         """As before, and the key's block is no later than the query's."""
+        # i counts tokens from the block being written, b counts blocks from it.
         i = torch.arange(mask.shape[1], device=mask.device) - block.start
         b = i // (block.end - block.start)                      # the prompt's blocks are < 0
         no_later = b[:, None] >= b
@@ -105,6 +109,7 @@ class BlockCausal(Seeing):
 
     def __call__(self, ids, mask, positions, block):
         """ids, mask (N, L), positions (N, W) -> logits (N, W, V). Reads nothing after block."""
+        # Nothing in the block or before it sees what comes after, so it need not be read.
         ids, mask = ids[:, :block.end], mask[:, :block.end]
         hidden, _ = self.read(ids, self.visible(mask, block))
         return self.predict(hidden, positions)
@@ -174,6 +179,7 @@ def must_fit(policy):
     Raises UserError.
     """
     name, block = type(policy).__name__, lambda: Block(4, 8, {})
+    # Three blocks of four: written, all masked, and what comes after.
     ids = torch.arange(12, device=policy.device)[None] % 7 + 5
     ids[:, 4:8] = policy.mask_id
     mask, at = torch.ones_like(ids), torch.arange(4, 8, device=ids.device)[None]
@@ -182,6 +188,7 @@ def must_fit(policy):
         if policy.block_causal:
             causal = partial(BlockCausal.__call__, policy)
             same = [(found, causal(ids, mask, at, block()))]
+            # Two positions of the block before, with and without a token in this one.
             other, before = ids.clone(), at[:, :2] - 2
             other[:, 7] = policy.eos_id
             same += [[causal(x, mask, before, block()) for x in (ids, other)]]
@@ -257,6 +264,7 @@ def read_llada(inner, ids, visible, around=None):
     """
     n, K = visible.shape[2:]
     bias = None
+    # All seen: no bias, as in LLaDA's own forward, and torch may take a faster attention.
     if not visible.all():
         bias = torch.zeros(visible.shape, device=ids.device)
         bias = bias.masked_fill(~visible, torch.finfo(bias.dtype).min)
@@ -280,6 +288,7 @@ def rotate(policy, rotary, q, k):
     q (N, heads, n, d), k (N, heads, K, d); the tokens read begin at policy.start.
     """
     n, K, start = q.shape[2], k.shape[2], policy.start
+    # Where in the text each key stands; with nothing around, in the order of the text.
     place = torch.arange(K, device=k.device)
     if n < K:
         place = torch.cat([place[:start], place[start + n:], place[start:start + n]])

@@ -4,8 +4,8 @@
     bash run.sh watch --adapter runs/countdown-0/adapter    a trained model
     bash run.sh watch --gif                                 base and trained side by side
 
-The GIF shows base and trained model writing the same six problems with the same draws; the adapter
-is the one in --adapter [runs/TASK-SEED/adapter].
+The GIF shows base and trained model writing the same six problems with the same draws; trained
+is --adapter [runs/TASK-SEED/adapter].
 """
 import argparse
 import io
@@ -25,23 +25,25 @@ PROBLEMS = 6                           # in a GIF
 
 
 def parse(argv):
-    """Flags -> (Config, first problem, path of the GIF or None). All of agrpo.py's flags, too."""
+    """Flags -> (Config, first problem, path of the GIF or None). agrpo.py's flags, and two."""
     parser = agrpo.Parser(prog="bash run.sh watch", allow_abbrev=False, description=__doc__,
                           formatter_class=argparse.RawDescriptionHelpFormatter,
                           epilog="further flags: those of python agrpo.py --help")
     parser.add_argument("--problem", type=int, default=0, help="which held-out problem [0]")
-    parser.add_argument("--gif", nargs="?", const="", metavar="FILE", help="[runs/TASK-SEED.gif]")
+    parser.add_argument("--gif", nargs="?", const="", metavar="FILE",
+                        help="draw a GIF [runs/TASK-SEED.gif]")
     own, rest = parser.parse_known_args(argv)
     cfg = agrpo.parse([*rest, "--updates", "0"])
     if own.gif is None:
         return cfg, own.problem, None
     cfg.adapter = cfg.adapter or f"{cfg.out}/adapter"
     if not (Path(cfg.adapter).expanduser() / "adapter_config.json").exists():
-        raise agrpo.UserError(f"--gif shows base beside trained, and there is no adapter in {cfg.adapter}: "
-                              f"train first (bash run.sh {cfg.task}), or give --adapter FOLDER")
+        raise agrpo.UserError("--gif shows base beside trained, and there is no adapter in "
+                              f"{cfg.adapter}: train first (bash run.sh {cfg.task}), or give "
+                              "--adapter FOLDER")
     path = Path(own.gif or f"{cfg.out}.gif").expanduser()
     if path.suffix != ".gif":
-        raise agrpo.UserError(f"--gif {own.gif} is no name of a GIF: give one that ends in .gif")
+        raise agrpo.UserError(f"--gif {own.gif} is no name of a GIF: let it end in .gif")
     return cfg, own.problem, path
 
 
@@ -52,7 +54,7 @@ class Written(NamedTuple):
     grade: tasks.Grade
     words: list                        # each token as safe text, filling as a dot
     glue: str                          # what stands between two tokens
-    states: list                       # (t, of each token "masked", "new" or "old"), x_0 to the end
+    states: list                       # (t, of each token "masked", "new" or "old") from x_0 on
 
 
 def write_one(policy, data, number, cfg):
@@ -61,10 +63,12 @@ def write_one(policy, data, number, cfg):
     traj, texts, grades = agrpo.write_answers(policy, [data[number]], keys, cfg, cfg.how)
     ids, step_of = traj.o[0].tolist(), traj.step_of[0].tolist()
 
-    texts_of = [policy.tokenizer.decode([i], clean_up_tokenization_spaces=False) for i in ids]
-    whole = policy.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    glue = "" if "".join(texts_of) == whole else " "            # do tokens bring their spaces?
-    words = ["·" if i in policy.fill_ids else tasks.printable(text) for i, text in zip(ids, texts_of)]
+    # Some tokenizers' tokens bring their spaces, others' are joined by them.
+    options = dict(clean_up_tokenization_spaces=False)
+    one_by_one = policy.tokenizer.batch_decode([[i] for i in ids], **options)
+    glue = "" if "".join(one_by_one) == policy.tokenizer.decode(ids, **options) else " "
+    words = ["·" if i in policy.fill_ids else tasks.printable(text)
+             for i, text in zip(ids, one_by_one)]
 
     # A row that ended early has tokens that no step drew: they come with the finished text.
     last = max((step for step in step_of if step < cfg.m), default=0) + 1
@@ -82,18 +86,20 @@ def show(policy, data, number, cfg, source):
     """Print one rollout and what the checker made of it."""
     it = write_one(policy, data, number, cfg)
     prompt = it.traj.q[0][it.traj.q_mask[0] > 0]
-    print(f"{cfg.task}, problem {number} of {source} | {cfg.model} {cfg.adapter or '(base model)'}")
+    who = f"{cfg.model} {cfg.adapter or '(base model)'}"
+    print(f"{cfg.task}, problem {number} of {source} | {who}")
     print(f"m = {cfg.m} steps of {cfg.how.W} tokens, {cfg.unmasking} unmasking, temperature "
           f"{cfg.temperature:g}\n")
-    print(tasks.printable(policy.tokenizer.decode(prompt, skip_special_tokens=True)), "\n")
+    print(tasks.printable(policy.decode(prompt[None])[0]), "\n")
     for t, kinds in it.states:
         drawn = it.traj.entropy[0][it.traj.step_of[0] == t - 1].sum().item()
         words = ["_" if kind == "masked" else NEW + word + PLAIN if kind == "new" else word
                  for word, kind in zip(it.words, kinds)]
         print(f"x_{t:<3} {f'H {drawn:5.2f}' if t else '':8} {it.glue.join(words)}")
-    print("     _ masked, · filling; H: entropy of what the step before drew, in nats, summed\n")
+    print("     _ masked, · filling; H: entropy of the draws of the step before, nats, summed\n")
     print(f"answer   {agrpo.cut(it.text, 110)}")
-    print(f"checker  read {agrpo.cut(repr(it.grade.parsed), 60)}: {agrpo.cut(it.grade.reason, 40)}")
+    read, why = agrpo.cut(repr(it.grade.parsed), 60), agrpo.cut(it.grade.reason, 40)
+    print(f"checker  read {read}: {why}")
     print(f"         {'right' if it.grade.correct else 'wrong'}, reward {it.grade.reward:.2f}")
 
 
@@ -124,7 +130,7 @@ def place(it):
 
 
 def draw_panel(draw, left, title, it, i):
-    """One model's half of a frame: its state i and, at the end, the verdict."""
+    """One model's half of a frame: its state i and, once it is the last, the verdict."""
     draw.text((left, 50), title, fill=TEXT, font=font(16, "DejaVu Sans:bold"))
     _, kinds = it.states[min(i, len(it.states) - 1)]
     places = place(it)
@@ -167,7 +173,7 @@ def gif(policy, data, first, cfg, path):
     frames[0].save(blob, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
     agrpo.write(path, blob.getvalue())
     right = [sum(pair[side].grade.correct for pair in pairs) for side in (1, 2)]
-    print(f"right of {len(pairs)} problems: base {right[0]}, trained {right[1]}; written: {path}")
+    print(f"right of {len(pairs)} problems: base {right[0]}, trained {right[1]}; written to {path}")
 
 
 def run(cfg, number, path):

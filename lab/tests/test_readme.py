@@ -39,7 +39,7 @@ def run_sh(command, flags):
 
 def python_call(line):
     """The words of a command from its Python file on; [] where it calls none of ours."""
-    line = re.sub(r"\$\w+", "2", line)                          # the variable of a loop
+    line = re.sub(r"\$\w+|(?<=--seed )S\b", "2", line)         # the variable of a loop
     words = re.split(r" (?:;|&&|\||>) ?|;", line)[-1] if "run.sh" not in line.split(";")[0] else line
     words = [word.rstrip(";") for word in shlex.split(words, comments=True)]
     words = words[:words.index("done")] if "done" in words else words

@@ -826,6 +826,27 @@ def test_an_unreachable_hub_is_one_sentence_within_seconds(monkeypatch, hub):
     assert not datasets.config.HF_HUB_OFFLINE                        # and the switch is back
 
 
+def test_without_a_hub_the_cache_is_used(tmp_path, monkeypatch):
+    import datasets
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(tasks, "hub_answers", lambda huggingface_hub: False)
+    datasets.Dataset.from_list([{"question": "q", "answer": "#### 3"}]).to_parquet(tmp_path / "p")
+    datasets.load_dataset("parquet", data_files={"test": str(tmp_path / "p")})
+    (made,) = tmp_path.glob("parquet/*/*/*/")
+    cached = tmp_path / "openai___gsm8k/main/0.0.0/0123abcd"        # as a download leaves it
+    cached.mkdir(parents=True)
+    for file in made.iterdir():
+        name = file.name.replace("parquet-", "gsm8k-")
+        content = file.read_bytes()
+        if name == "dataset_info.json":
+            info = {**json.loads(content), "dataset_name": "gsm8k", "config_name": "main"}
+            content = json.dumps(info).encode()
+        (cached / name).write_bytes(content)
+    assert list(tasks.load("gsm8k", "test")) == [{"question": "q", "answer": "3"}]
+    with pytest.raises(tasks.TaskError, match="gsm8k-platinum .*give --test_file"):
+        tasks.load("gsm8k-platinum", "test")
+
+
 def test_the_hub_ids_are_those_of_the_paper():
     ids = {name: [" ".join(filter(None, task.hub[s])) for s in ("train", "test")]
            for name, task in tasks.TASKS.items() if task.hub}
