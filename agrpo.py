@@ -92,16 +92,16 @@ class Decoding:
             good = [b for b in range(1, C + 1) if C % b == 0]
             raise ValueError(f"--block_length {block} does not divide --C {C}: choose {good}")
         if m not in step_counts(C, block):
-            raise ValueError(f"--m {m} steps cannot write --C {C} tokens, --block_length {block}, "
-                             f"in equal shares: choose m from {step_counts(C, block)}")
+            raise ValueError(f"--m {m} does not fit --C {C} and --block_length {block}: choose from "
+                             f"{step_counts(C, block)}")
         if self.unmasking not in UNMASKING:
             raise ValueError(f"--unmasking {self.unmasking} is unknown: choose {UNMASKING}")
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(f"--temperature {self.temperature}, --top_k {self.top_k}, --top_p "
                              f"{self.top_p}: temperature and top_k from 0, top_p in (0, 1]")
         if self.top_p < 1 and not self.top_k:
-            raise ValueError(f"--top_p {self.top_p} needs a --top_k, as 150: the support of each "
-                             "token is stored")
+            raise ValueError(f"--top_p {self.top_p} needs a --top_k, as 150: each token's "
+                             "support is stored")
 
     @property
     def W(self):
@@ -559,7 +559,7 @@ class Policy:
         unknown = self.tokenizer.unk_token_id
         for text, ids in zip(texts, prompts):
             if unknown in ids and unknown not in self.fill_ids:
-                raise UserError(f"--model lacks a token for a part of the prompt {text[-60:]!r}: "
+                raise UserError(f"--model lacks a token for a part of {text[-60:]!r}: "
                                 "choose problems its vocabulary can write, or another model")
         P = max(map(len, prompts))
         q = torch.tensor([[self.pad_id] * (P - len(ids)) + ids for ids in prompts])
@@ -614,7 +614,7 @@ def load_policy(cfg):
     kind = import_file(cfg.policy, "--policy") if cfg.policy else Policy
     types = " ".join([cfg.model, config.model_type, *(config.architectures or ())])
     if re.search(BLOCK_DIFFUSION, types, re.I) and not kind.block_causal:
-        raise UserError(f"{name} is a block-diffusion model: its log pi is wrong unless you add "
+        raise UserError(f"{name} is a block-diffusion model: log pi is wrong unless you add "
                         "--policy lab/policies.py:FrozenBlockCausal, and its --block_length")
     policy = kind(model, tokenizer, mask_id, cfg.device)
     policy.shift = policy.shift if cfg.shift < 0 else cfg.shift
@@ -727,8 +727,8 @@ def look_at(policy, name):
     if reach == 0:
         raise UserError(f"{name} is causal: a later token moves no earlier logit, so it cannot "
                         "denoise; choose a masked diffusion model")
-    return (f"[MASK] is {policy.mask_id}, EOS {policy.eos_id}; padding moves logits by {gap:.0e} "
-            f"of the largest, a later token by {reach:.0e}"
+    return (f"[MASK] is {policy.mask_id}, EOS {policy.eos_id}; padding moves logits by "
+            f"{gap:.0e} of the largest, a later token by {reach:.0e}"
             + "; so prompts go unpadded, one length at a time" * policy.ignores_mask)
 
 
@@ -751,8 +751,8 @@ def add_adapters(policy, cfg):
                 raise ValueError("its weights are not finite, its training diverged")
         except Exception as e:                                  # damaged files raise anything
             why = misfit if "size mismatch" in str(e) else first_line(e)
-            raise UserError(f"--adapter {cfg.adapter}: {why}; give the adapter/ folder of a run, "
-                            "and the model it was trained on") from e
+            raise UserError(f"--adapter {cfg.adapter}: {why}; give the adapter/ folder of a "
+                            "run, and the model it was trained on") from e
     else:
         torch.manual_seed(cfg.seed)
         lora = LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=layers)
@@ -912,8 +912,8 @@ def check_ratio(policy, ratio):
     off = max(gather((ratio - 1).abs().amax().item() if len(ratio) else 0.0))
     tolerance = 0.3 if policy.dtype in HALF else 1e-3
     if not off < tolerance:
-        raise UserError(f"max|ratio - 1| is {off:.2g} before the first optimizer step, not below "
-                        f"{tolerance}: rollout and loss disagree; look at the model's own code")
+        raise UserError(f"max|ratio - 1| is {off:.2g} before the first optimizer step, not "
+                        f"below {tolerance}: rollout and loss disagree; see the model's code")
     say(f"max|ratio - 1| before the first optimizer step: {off:.1e}")
 
 
@@ -1606,8 +1606,8 @@ def learn(cfg, policy, data, test, stop):
         if update % cfg.save_every == 0 or update == cfg.updates or stopping or diverged:
             save()
         if diverged:
-            raise UserError("three gradients in a row were not finite: start again with a lower "
-                            f"--lr, another --out ({out} has the weights before)")
+            raise UserError("three gradients in a row were not finite: start again with a "
+                            f"lower --lr, another --out ({out} has the weights before)")
         if stopping:
             break
     state["seconds"] = before + time.time() - began
@@ -1673,7 +1673,7 @@ def in_one_sentence(program):
         return 141
     except OSError as e:
         file = e.filename or "the output"
-        sentence = f"cannot write {file} ({e.strerror or e}): make room, or change --out; {goes_on}"
+        sentence = f"cannot write {file} ({e.strerror or e}): make room; {goes_on}"
     except RuntimeError as e:
         lost = re.search("closed by peer|reset by peer|timed? ?out|gloo|nccl", str(e), re.I)
         if not (lost and dist.is_initialized()):

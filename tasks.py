@@ -435,7 +435,7 @@ def boxed_answer(found):
 SCALES = set("""k thou thousand mil mln mn million bil bn billion tril tn trillion grand hundred
     dozen score gross half halve third quarter fourth fifth sixth eighth tenth hundredth
     thousandth millionth squared cubed factorial double twice triple negative""".split())
-JOINS = set("or and not to plus minus times over point".split())
+JOINS = set("or and not to plus minus over".split())
 
 
 def changes_value(words, joins=True):
@@ -443,7 +443,7 @@ def changes_value(words, joins=True):
     for word in re.findall("[A-Za-z]+", words):
         if {word.lower(), word.lower().rstrip("s")} & SCALES or joins and word.lower() in JOINS:
             return True
-        if len(word) == 1 and word not in "mgshlLa":
+        if len(word) == 1 and word not in "mgshlLaI":
             return True
     return False
 
@@ -575,6 +575,8 @@ def load(name, split, seed=0, file=None, size=None, held_out=(), **options):
         raise TaskError(f"split {split} is unknown: choose train or test")
     if file is None and task.make is None and split not in task.hub:
         raise TaskError(f"task {name} has no {split} data of its own: give --{split}_file")
+    if file is not None and task.read is None:
+        raise TaskError(f"task {name} makes its problems and reads no --{split}_file")
     if split == "train":
         if not held_out and file is None and "test" in task.hub:
             held_out = load(name, "test", **options)
@@ -619,7 +621,8 @@ def generated(task, split, seed, size, known, options):
 
     make(0)    # options that leave no problem are refused here, not in the first step
     if split == "train":
-        return Examples(make, size, f"generated, seed {seed}, no test problem among them")
+        beside = ", no test problem among them" if known else ""
+        return Examples(make, size, f"generated, seed {seed}{beside}")
 
     # A test problem twice would make its accuracy look surer than it is.
     make, first = lru_cache(maxsize=None)(make), {}

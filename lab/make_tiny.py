@@ -10,7 +10,7 @@ tokenizer from a folder, a chat template, the prompts and the checkers of tasks.
 
 Why this makes a good first experiment: a problem has several right answers, 2 + 3 or 3 + 2 at
 the least, and a model this small is unsure of some. Revealed one token a step, each token is
-chosen in the light of the ones before. Revealed several a step, they are drawn independently and
+chosen in the light of the ones before. Revealed several a step, they are drawn alone and
 mix different answers into a wrong one. Pretraining cannot mend that (its loss never sees two
 tokens chosen together); a policy gradient at few steps can, by making the model commit to one
 answer. That is the paper's "faster inference" in small.
@@ -206,7 +206,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder [lab/tiny, or with --steps runs/tiny]")
-    parser.add_argument("--steps", type=int, help="a quick look: so many steps of the first phase")
+    parser.add_argument("--steps", type=int, help="a quick look: steps of the first phase")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--from-phase", type=int, default=0, choices=(0, 1),
                         help="go on with this phase from what is in --out")

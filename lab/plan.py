@@ -1,12 +1,13 @@
-"""Does a run fit, and how long will it take? Worked out from the model's config.json: no download.
+"""Does a run fit, and how long will it take? Worked out from the model's config.json alone.
 
     bash run.sh plan --preset llada --task gsm8k
     bash run.sh plan --preset llada --task gsm8k --micro_batch 8 --recompute false
     bash run.sh plan --model FOLDER            a folder with nothing but a config.json will do
 
-Parameters, LoRA, tokens and FLOPs are counts. Activations are what a gated transformer block keeps
-for its backward pass, counted with the allocator's own log on code like LLaDA's, Dream's, Qwen3's
-and ModernBERT's. Not in the sum: a GPU's context (about 0.5 GB) and its allocator's fragments.
+Nothing is downloaded. Parameters, LoRA, tokens and FLOPs are counts. Activations are what a gated
+transformer block keeps for its backward pass, measured with the allocator's log on blocks like
+LLaDA's, Dream's, Qwen3's, LLaDA-MoE's and ModernBERT's. Not in the sum: a GPU's context (about
+0.5 GB), its allocator's fragments, and those of the C library's heap on a CPU.
 """
 import argparse
 import json
@@ -23,18 +24,20 @@ import torch
 import agrpo
 import tasks
 
-# Models that need not be here. LLaDA: arXiv 2502.09992, appendix. Dream started from Qwen2.5-7B.
+# Models that need not be here. LLaDA: arXiv 2502.09992, appendix. Dream is a Qwen2.5-7B.
 LLADA = dict(d_model=4096, n_layers=32, n_heads=32, mlp_hidden_size=12288, embedding_size=126464)
-DREAM = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-             intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False)
+DREAM = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
+             num_key_value_heads=4, intermediate_size=18944, vocab_size=152064,
+             tie_word_embeddings=False)
 LLADA_MOE = dict(hidden_size=2048, num_hidden_layers=16, num_attention_heads=16, num_experts=64,
                  num_experts_per_tok=8, expert_intermediate_size=1024, vocab_size=157184,
                  tie_word_embeddings=False)
-QWEN3 = dict(hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
-             head_dim=128, intermediate_size=3072, vocab_size=151936, tie_word_embeddings=True,
-             model_type="qwen3")
-DIMENSIONS = {"GSAI-ML/LLaDA-8B": LLADA, "GSAI-ML/LLaDA-1.5": LLADA, "Dream-org/Dream-v0": DREAM,
-              "inclusionAI/LLaDA-MoE-7B-A1B": LLADA_MOE, "dllm-hub/Qwen3-0.6B": QWEN3}
+QWEN3 = dict(hidden_size=1024, num_hidden_layers=28, num_attention_heads=16,
+             num_key_value_heads=8, head_dim=128, intermediate_size=3072, vocab_size=151936,
+             tie_word_embeddings=True, model_type="qwen3")
+DIMENSIONS = {"GSAI-ML/LLaDA-8B": LLADA, "GSAI-ML/LLaDA-1.5": LLADA,
+              "Dream-org/Dream-v0": DREAM, "inclusionAI/LLaDA-MoE-7B-A1B": LLADA_MOE,
+              "dllm-hub/Qwen3-0.6B": QWEN3}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 PYTHON = 0.45e9                        # resident after the imports, measured
 H100 = 4e14                            # FLOP/s in 16 bits: an assumption, 40 % of its peak
@@ -47,7 +50,7 @@ class Shape(NamedTuple):
     q: int                             # width of all query heads
     V: int                             # rows of the embedding and of the head
     tied: bool                         # head and embedding are one matrix
-    adapted: list                      # (in, out) of the linear layers of a block that LoRA goes on
+    adapted: list                      # (in, out) of a block's linear layers that LoRA goes on
     blocks: int                        # parameters of all blocks
     active: int                        # of these, those that one token meets
     kept: int                          # numbers a token and block that the backward pass needs
@@ -68,8 +71,8 @@ def shape_of(config):
     heads, V = first("n_heads", "num_attention_heads"), first("embedding_size", "vocab_size")
     f, experts = first("mlp_hidden_size", "intermediate_size"), first("num_experts", default=0)
     if None in (d, layers, heads, V) or not (f or experts):
-        raise agrpo.UserError("the model's config.json names no dimensions that are known here "
-                              "(hidden_size, num_hidden_layers, num_attention_heads, vocab_size, ...)")
+        raise agrpo.UserError("the model's config.json names no dimensions that are known here: it "
+                              "needs hidden_size, num_hidden_layers, num_attention_heads, ...")
     width, kind = first("head_dim", default=d // heads), first("model_type", default="")
     q, kv = heads * width, first("n_kv_heads", "num_key_value_heads", default=heads) * width
     tied = first("weight_tying", "tie_word_embeddings", default="hidden_size" in config)
@@ -83,19 +86,19 @@ def shape_of(config):
         rest += (experts + always) * one + experts * d
         adapted, idle, f = adapted[:4], (experts - used) * one, (used + always) * one // (3 * d)
 
-    # Kept: what both norms read (in float32) and write; q, k, v, the attention's output; in the MLP
-    # the gate before and after its activation, the other factor, the product.
+    # Kept: what both norms read (in float32) and write; q, k, v, the attention's output; in the
+    # MLP the gate before and after its activation, the other factor, the product.
     kept32, kept, alive = 2 * d, 2 * d + 4 * q + 4 * f, 4 * (d + f)
     if experts or "qwen3" in kind:     # q and k have norms of their own
         kept32 += q + kv
-    if experts:                        # a token's copy for each expert, and what each makes of it
+    if experts:                        # a copy for each expert, and what each makes of it
         kept, alive = kept + 2 * used * d, alive + used * d
-    if kind == "modernbert":           # the same matrices in fewer layers, their results in one piece
+    if kind == "modernbert":           # the same in fewer matrices; a layer in front of the head
         adapted = [(d, 3 * d), (d, d), (d, 2 * f), (f, d)]
-        kept, alive, head = kept + 4 * q, 6 * (d + f), d * d    # and a layer in front of the head
+        kept, alive, head = kept + 4 * q, 6 * (d + f), d * d
     block = sum(i * o for i, o in adapted) + rest
-    return Shape(layers, d, q, V, tied, adapted, layers * block + head, layers * (block - idle) + head,
-                 kept, kept32, alive)
+    total, active = layers * block + head, layers * (block - idle) + head
+    return Shape(layers, d, q, V, tied, adapted, total, active, kept, kept32, alive)
 
 
 def read_config(cfg):
@@ -110,8 +113,8 @@ def read_config(cfg):
         if not isinstance(cached, str):
             if known:
                 return known[0], "dimensions known here"
-            raise agrpo.UserError(f"--model {cfg.model}: its dimensions are not known here; put its "
-                                  "config.json into a folder and give that")
+            raise agrpo.UserError(f"--model {cfg.model}: its dimensions are not known here; put "
+                                  "its config.json into a folder and give that")
         path = Path(cached)
     try:
         return json.loads(path.read_text()), str(path)
@@ -136,7 +139,8 @@ def longest_prompt(cfg):
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
     render = agrpo.Policy.render       # it needs the tokenizer only
     texts = [render(argparse.Namespace(tokenizer=tokenizer), chat) for chat in chats]
-    return max(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])), "the longest of 100"
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return max(map(len, ids)), "the longest of 100"
 
 
 def lora_size(cfg, shape):
@@ -163,14 +167,15 @@ def phases(cfg, shape, prompt):
     still = cfg.block_length if cfg.unmasking != "random" else 0
     write = cfg.rollout_batch * max(W * drawn, still * shown)
     greedy = cfg.rollout_batch * cfg.eval_block * shown
+    kept = kept_bytes(cfg, shape, cfg.micro_batch * (prompt + cfg.C))
     return dict(
-        learn=kept_bytes(cfg, shape, cfg.micro_batch * (prompt + cfg.C)) + cfg.micro_batch * W * shown,
+        learn=kept + cfg.micro_batch * W * shown,
         write=max(write, cfg.rollout_batch * (prompt + cfg.C) * forward),
         evaluate=max(greedy, cfg.rollout_batch * (prompt + cfg.eval_C) * forward))
 
 
 def weight_bytes(cfg, shape):
-    """(base model, its head once more in float32, what is trained: it, its gradient, Adam's two)"""
+    """(base model, its head again in float32, what is trained with its gradient and Adam's two)"""
     b, head, lora = BYTES[cfg.dtype], shape.V * shape.d, lora_size(cfg, shape)
     if not cfg.lora_r:
         return 0, 0, 16 * shape.parameters
@@ -185,8 +190,9 @@ def work(cfg, shape, prompt):
     matrices = shape.active + lora_size(cfg, shape) * (cfg.lora_r > 0)
     token = 2 * matrices + 4 * L * shape.q * shape.layers       # and attention to L others
     logits = 2 * shape.V * shape.d
-    # The head sees the step's tokens, or all that are masked in the block: on average half of it.
-    seen = cfg.C if cfg.unmasking == "random" else cfg.C * (cfg.block_length // cfg.how.W + 1) / 2
+    # The head sees a step's tokens, or all that are masked in the block: half of it on average.
+    steps = cfg.block_length // cfg.how.W
+    seen = cfg.C if cfg.unmasking == "random" else cfg.C * (steps + 1) / 2
     # Forward; backward to the activations, and to the weights where they are trained; the forward
     # once more if it is recomputed.
     passes = 2 + (not cfg.lora_r) + cfg.recompute
@@ -211,7 +217,7 @@ def free_memory():
 
 
 def speed(cfg, shape):
-    """FLOP/s of this device on a matrix product of the model's size, the best of half a second."""
+    """FLOP/s of this device on a product of the model's size, the best of half a second."""
     dtype = getattr(torch, cfg.dtype)
     a = torch.randn(4096, min(shape.d, 2048), device=cfg.device, dtype=dtype)
     b = torch.randn(a.shape[1], min(4 * shape.d, 8192), device=cfg.device, dtype=dtype)
@@ -241,31 +247,31 @@ def report(cfg, shape, source):
     """Yield the lines of the plan."""
     prompt, known = longest_prompt(cfg)
     base, head, trained = weight_bytes(cfg, shape)
-    peak, gpu = phases(cfg, shape, prompt), cfg.device != "cpu"
-    rows, L = cfg.questions * cfg.G, prompt + cfg.C
+    peak, gpu, L = phases(cfg, shape, prompt), cfg.device != "cpu", prompt + cfg.C
+    lora, layers = lora_size(cfg, shape) / 1e6, shape.layers * len(shape.adapted)
     yield f"{cfg.task} on {cfg.model} ({source})"
-    if cfg.lora_r:
-        yield (f"weights     {shape.parameters / 1e6:,.1f} M parameters: {size(base)} in {cfg.dtype}"
-               + f", the head once more in float32 {size(head)}" * (head > 0))
-        yield (f"LoRA        {lora_size(cfg, shape) / 1e6:,.1f} M on {shape.layers * len(shape.adapted)} "
-               f"layers: {size(trained)} with gradients and Adam's moments")
-    else:
-        yield (f"weights     {shape.parameters / 1e6:,.1f} M parameters, all trained: {size(trained)} "
-               "with gradients and Adam's moments")
+    yield (f"weights     {shape.parameters / 1e6:,.1f} M parameters"
+           + (f": {size(base)} in {cfg.dtype}" if cfg.lora_r else ", all trained")
+           + f", the head once more in float32 {size(head)}" * (head > 0))
+    yield (f"trained     {size(trained)} with gradients and Adam's moments"
+           + f": LoRA, {lora:,.1f} M on {layers} layers" * (cfg.lora_r > 0))
+    how = "recomputed" if cfg.recompute else "kept (--recompute saves most of it)"
     yield (f"learning    {size(peak['learn'])}: {cfg.micro_batch} rows of {prompt} + {cfg.C} tokens, "
-           f"activations {'recomputed' if cfg.recompute else 'kept (--recompute saves most of it)'}")
+           f"activations {how}")
     yield f"            (prompts of {prompt} tokens: {known})"
     yield (f"writing     {size(peak['write'])}, evaluating {size(peak['evaluate'])}: "
            f"{cfg.rollout_batch} rows at a time")
     need = base + head + trained + max(peak.values()) + (0 if gpu else PYTHON)
     have = torch.cuda.get_device_properties(cfg.device).total_memory if gpu else free_memory()
-    yield (f"memory      {size(need)} at the peak; here: {size(have)} "
-           f"{'on the GPU' if gpu else 'free, no GPU'}: {'it fits' if need < 0.95 * have else 'TOO LITTLE'}")
-    write, learn = work(cfg, shape, prompt)
+    verdict = "it fits" if need < 0.95 * have else "TOO LITTLE"
+    where = "on the GPU" if gpu else "free, no GPU"
+    yield f"memory      {size(need)} at the peak; here: {size(have)} {where}: {verdict}"
+
+    rows, (write, learn) = cfg.questions * cfg.G, work(cfg, shape, prompt)
     pairs = cfg.mu * rows * min(cfg.k, cfg.m)
+    again = learn / (3 + (not cfg.lora_r)) if cfg.recompute else 0
     yield (f"an update   {rows} rollouts: {rows * cfg.m * L:,} tokens through the model to write, at "
            f"most {pairs * L:,} to learn")
-    again = learn / (3 + (not cfg.lora_r)) if cfg.recompute else 0
     yield (f"            {flops(write)} + {flops(learn)}"
            + f", {flops(again)} of the latter to recompute" * cfg.recompute)
     rates = {"time here": speed(cfg, shape), "on an H100": H100}
@@ -274,13 +280,14 @@ def report(cfg, shape, source):
         if name == "time here" or seconds > 1:                  # below, overheads decide
             yield (f"{name:<12}{span(seconds)} an update, {span(seconds * cfg.updates)} for "
                    f"{cfg.updates}, at {rate / 1e12:,.2f} TFLOP/s")
-    from huggingface_hub.constants import HF_HUB_CACHE
 
-    saved = 12 * trained / 16          # the checkpoint: what is trained and Adam's two
+    from huggingface_hub.constants import HF_HUB_CACHE
+    # A checkpoint holds what is trained and Adam's two, without the gradients.
     there = next(p for p in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if p.exists())
-    download = 0 if agrpo.local_folder(cfg.model) else 2 * shape.parameters
-    yield (f"disk        {size(saved)} for a checkpoint" + f", {size(download)} for the model, unless "
-           "it is there," * (download > 0) + f" of {size(shutil.disk_usage(there).free)} free")
+    download = f", {size(2 * shape.parameters)} for the model unless it is there"
+    yield (f"disk        {size(trained * 12 / 16)} for a checkpoint"
+           + download * (agrpo.local_folder(cfg.model) is None)
+           + f"; {size(shutil.disk_usage(there).free)} free")
 
 
 def parse(argv):
