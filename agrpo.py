@@ -92,8 +92,8 @@ class Decoding:
             good = [b for b in range(1, C + 1) if C % b == 0]
             raise ValueError(f"--block_length {block} does not divide --C {C}: choose {good}")
         if m not in step_counts(C, block):
-            raise ValueError(f"--m {m} does not fit --C {C} and --block_length {block}: choose from "
-                             f"{step_counts(C, block)}")
+            raise ValueError(f"--m {m} does not fit --C {C} and --block_length {block}: "
+                             f"choose from {step_counts(C, block)}")
         if self.unmasking not in UNMASKING:
             raise ValueError(f"--unmasking {self.unmasking} is unknown: choose {UNMASKING}")
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1 or self.top_k < 0:
@@ -275,8 +275,10 @@ def rollout(policy, q, q_mask, how, rand=uniforms):
         tokens, among = sample_tokens(logits, u[row, t], how)
         logp, H = score(logits, tokens, how, among)
         at = (row[:, None], where)
-        o[at], step_of[at] = tokens, t
-        logp_old[at], entropy[at] = logp.double(), H.double()
+        o[at] = tokens
+        step_of[at] = t
+        logp_old[at] = logp.double()
+        entropy[at] = H.double()
         if among is not None:
             if support is None:
                 support = among.new_full((B, how.C, among.shape[-1]), -1)
@@ -390,7 +392,7 @@ def clipped_objective(logp, logp_old, A, eps=0.2):
     ratio = log_ratio.detach().exp()
     # Where the clip holds, J is a constant. Taking log_ratio out there keeps a ratio that
     # overflows from sending 0 * inf back.
-    clipped = ((A > 0) & (ratio > 1 + eps)) | ((A < 0) & (ratio < 1 - eps))
+    clipped = ((A > 0) & (ratio > 1 + eps)) | ((A < 0) & (ratio < 1 - eps)) | (A == 0)
     free = log_ratio.masked_fill(clipped, 0.0).exp() * A
     bound = (1 + eps * A.sign()) * A
     return torch.where(clipped, bound, free), ratio
@@ -428,7 +430,8 @@ def add_gradient(policy, traj, A, pairs, eps=0.2, micro_batch=32, ratio_per="tok
     context in which the policy is the reference.
     """
     B, m = len(A), traj.how.m
-    seen = [Seen(torch.zeros(0), torch.zeros(0), torch.zeros(0), 0)]        # of no pairs
+    nothing = traj.logp_old.new_zeros(0, dtype=torch.float32)
+    seen = [Seen(nothing, nothing, nothing, 0)]
     # One forward never mixes blocks: a policy may see each differently.
     block = traj.how.block_start(pairs[1])
     of_a_block = [(block == b).nonzero()[:, 0] for b in block.unique()]

@@ -655,7 +655,7 @@ def first_line(error):
 
 @contextlib.contextmanager
 def offline(wanted):
-    """Without a hub its client retries for half a minute; offline it uses the cache, or fails."""
+    """Its client retries an absent hub for half a minute; offline it takes the cache or fails."""
     import datasets
     import huggingface_hub
     switches = (datasets.config, huggingface_hub.constants)
@@ -682,8 +682,8 @@ def read_file(split, file):
         if kind == "json" and path.open("rb").read(100).lstrip()[:1] == b"[":
             raise ValueError("line 1 is an array, write one object a line")
         with offline(True) as datasets:    # it would count the use of its readers at the hub
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True,
-                                         **(text if kind == "csv" else {}))
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train",
+                                         streaming=True, **(text if kind == "csv" else {}))
             return list(rows), source
     except Exception as error:    # datasets raises what a dozen readers raise
         raise TaskError(f"{source} cannot be read: {first_line(error)}") from error

@@ -435,6 +435,8 @@ def test_a_ratio_that_overflows_has_a_finite_gradient_where_the_clip_holds():
     objective, ratio = agrpo.clipped_objective(logp, torch.tensor([[-200.0, -1.0]]), torch.ones(1, 1))
     objective.sum().backward()
     assert ratio.tolist() == [[math.inf, 1.0]] and logp.grad.tolist() == [[0.0, 1.0]]
+    objective, _ = agrpo.clipped_objective(logp, torch.tensor([[-200.0, -1.0]]), torch.zeros(1, 1))
+    assert objective.tolist() == [[0.0, 0.0]]
 
 
 def test_the_kl_term_is_the_kl_and_has_its_gradient():

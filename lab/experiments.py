@@ -149,7 +149,8 @@ class Lab:
         folders = [self.out] + [ROOT / "lab" / "figures"] * self.keep
         pieces = sum(line["seconds"] for line in read_lines(self.out / f"{self.name}.jsonl"))
         seconds = max(pieces, time.time() - self.began)
-        head = [" ".join(["$ bash run.sh lab", self.name, *self.argv]),
+        flags = [flag for flag in self.argv if flag != "--show"]
+        head = [" ".join(["$ bash run.sh lab", self.name, *flags]),
                 f"{seconds:.0f} s of computing; {cpu_name()}, {os.cpu_count()} cores; "
                 f"seeds {self.seeds}",
                 ", ".join(f"{name} {version}" for name, version in agrpo.versions().items())]
@@ -341,7 +342,8 @@ def variance(lab):
         f"{task}, {kind}": (dict(task=task, **hard.get(task, {}), **flags),
                             ms.get(task, (4,))[:1 if lab.quick else 3], draws)
         for task in lab.tasks() for kind, flags in kinds.items()})
-    results = {cell: [x for found in seeds for x in found or []]
+    batches = [found for seeds in results.values() for found in seeds if found]
+    results = {cell: list(itertools.chain(*filter(None, seeds)))
                for cell, seeds in results.items()}
     names = [", ".join(sampler) for sampler in SAMPLERS]
 
@@ -361,18 +363,21 @@ def variance(lab):
             (name, *(plus_minus(get(rows, name, *mk)) for mk in at),
              f"{get(rows, name, *at[-1], 'states').mean():.2f}") for name in names if at))
 
-    everything = [x for rows in results.values() for x in rows]
-
-    def log_mean(name, price):
-        return np.mean([np.log(x["variance"] * x["states"] ** price) for x in everything
+    def log_mean(rows, name, price):
+        return np.mean([np.log(x["variance"] * x["states"] ** price) for x in rows
                         if x["k"] in (1, 2, 4) and x["k"] < x["m"] and x["sampler"] == name])
-    lab.note("all of it, k in 1, 2, 4: geometric mean of the variance in units of the official "
-             "sampler's (entropy, batch-strata); per pass: variance x forward passes, which "
-             "merged draws save")
-    base = [log_mean("entropy, batch-strata", price) for price in (0, 1)]
+
+    def against_official(name, price):
+        logs = [log_mean(rows, name, price) - log_mean(rows, "entropy, batch-strata", price)
+                for rows in batches]
+        return f"{np.exp(np.mean(logs)):.2f} [{np.exp(min(logs)):.2f}, {np.exp(max(logs)):.2f}]"
+    lab.note(f"all {len(batches)} batches, k in 1, 2, 4: geometric mean of the variance in "
+             "units of the official sampler's (entropy, batch-strata) [lowest, highest batch]; "
+             "per pass: variance x forward passes, which merged draws save")
     lab.table(("p_t, points", "variance", "per pass"), *(
-        (name, *(f"{np.exp(log_mean(name, price) - base[price]):.2f}" for price in (0, 1)))
-        for name in names if everything))
+        (name, against_official(name, 0), against_official(name, 1))
+        for name in names if batches))
+    everything = itertools.chain(*batches)
     z = np.array([abs(x["bias"] / x["error"]) for x in everything if x["error"] > 1e-9])
     lab.note(f"bias along g in standard errors, {len(z)} estimates: median {np.median(z):.2f} "
              f"(0.67 expected of none), beyond 2: {np.mean(z > 2):.1%} (5 %)")

@@ -35,6 +35,7 @@ import tasks
 # The sizes every default of `run.sh countdown` and `run.sh sudoku` on the tiny model assumes.
 COUNTDOWN = dict(numbers=3, max_number=16, max_target=100, division=False)
 SUDOKU = dict(empties=10)
+MANY = 100_000      # Countdown problems, among them the different ones
 COMPLETION = {"countdown": 12, "sudoku": 20}         # C: an answer of 11 or 18, then [EOS]
 
 
@@ -113,7 +114,7 @@ def examples_of(task, seed, options, rng):
     data = tasks.load(task, "train", seed=seed, size=10**9, **options)
     if task != "countdown":
         yield from (data[i] for i in itertools.count())
-    many = (data[i] for i in range(100_000))
+    many = (data[i] for i in range(MANY))
     different = list({(*sorted(e["nums"]), e["target"]): e for e in many}.values())
     while True:
         example = rng.choice(different)

@@ -4,10 +4,10 @@
     bash run.sh plan --preset llada --task gsm8k --micro_batch 8 --recompute false
     bash run.sh plan --model FOLDER            a folder with nothing but a config.json will do
 
-Nothing is downloaded. Parameters, LoRA, tokens and FLOPs are counts. Activations are what a gated
-transformer block keeps for its backward pass, measured with the allocator's log on blocks like
-LLaDA's, Dream's, Qwen3's, LLaDA-MoE's and ModernBERT's. Not in the sum: a GPU's context (about
-0.5 GB), its allocator's fragments, and those of the C library's heap on a CPU.
+Nothing is downloaded. Parameters, LoRA, tokens and FLOPs are counts. Activations are what a
+gated transformer block keeps for its backward pass, measured with the allocator's log on blocks
+like LLaDA's, Dream's, Qwen3's, LLaDA-MoE's and ModernBERT's. Not in the sum: a GPU's context
+(about 0.5 GB), its allocator's fragments, and those of the C library's heap on a CPU.
 """
 import argparse
 import json
@@ -25,7 +25,8 @@ import agrpo
 import tasks
 
 # Models that need not be here. LLaDA: arXiv 2502.09992, appendix. Dream is a Qwen2.5-7B.
-LLADA = dict(d_model=4096, n_layers=32, n_heads=32, mlp_hidden_size=12288, embedding_size=126464)
+LLADA = dict(d_model=4096, n_layers=32, n_heads=32, mlp_hidden_size=12288,
+             embedding_size=126464)
 DREAM = dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
              num_key_value_heads=4, intermediate_size=18944, vocab_size=152064,
              tie_word_embeddings=False)
@@ -55,7 +56,7 @@ class Shape(NamedTuple):
     active: int                        # of these, those that one token meets
     kept: int                          # numbers a token and block that the backward pass needs
     kept32: int                        # the same, of those that are float32 in any case
-    alive: int                         # numbers a token at the peak of a pass that keeps nothing
+    alive: int                         # numbers a token at the peak of a mere forward
 
     @property
     def parameters(self):
@@ -71,8 +72,8 @@ def shape_of(config):
     heads, V = first("n_heads", "num_attention_heads"), first("embedding_size", "vocab_size")
     f, experts = first("mlp_hidden_size", "intermediate_size"), first("num_experts", default=0)
     if None in (d, layers, heads, V) or not (f or experts):
-        raise agrpo.UserError("the model's config.json names no dimensions that are known here: it "
-                              "needs hidden_size, num_hidden_layers, num_attention_heads, ...")
+        raise agrpo.UserError("the model's config.json lacks dimensions: it needs hidden_size, "
+                              "num_hidden_layers, num_attention_heads, vocab_size, ...")
     width, kind = first("head_dim", default=d // heads), first("model_type", default="")
     q, kv = heads * width, first("n_kv_heads", "num_key_value_heads", default=heads) * width
     tied = first("weight_tying", "tie_word_embeddings", default="hidden_size" in config)
@@ -93,7 +94,7 @@ def shape_of(config):
         kept32 += q + kv
     if experts:                        # a copy for each expert, and what each makes of it
         kept, alive = kept + 2 * used * d, alive + used * d
-    if kind == "modernbert":           # the same in fewer matrices; a layer in front of the head
+    if kind == "modernbert":           # the same in fewer matrices, and one before the head
         adapted = [(d, 3 * d), (d, d), (d, 2 * f), (f, d)]
         kept, alive, head = kept + 4 * q, 6 * (d + f), d * d
     block = sum(i * o for i, o in adapted) + rest
@@ -113,8 +114,8 @@ def read_config(cfg):
         if not isinstance(cached, str):
             if known:
                 return known[0], "dimensions known here"
-            raise agrpo.UserError(f"--model {cfg.model}: its dimensions are not known here; put "
-                                  "its config.json into a folder and give that")
+            raise agrpo.UserError(f"--model {cfg.model}: its dimensions are not known here; "
+                                  "give a folder with its config.json")
         path = Path(cached)
     try:
         return json.loads(path.read_text()), str(path)
@@ -159,8 +160,8 @@ def kept_bytes(cfg, shape, tokens):
 def phases(cfg, shape, prompt):
     """{phase: bytes at its peak beside the weights} of learning, writing and evaluating."""
     W, forward = cfg.how.W, shape.alive * BYTES[cfg.dtype]
-    # In 16 bits on a GPU, the fused kernel reads logits where they are. The others make copies: a
-    # draw without top_k in float64, the reference formulas on the CPU in float32.
+    # On a GPU the fused kernel reads logits where they are. Others make copies: a draw without
+    # top_k in float64, the reference formulas on the CPU in float32.
     fused = cfg.device != "cpu"
     shown = 4 * shape.V * (2 if fused else 5)
     drawn = 4 * shape.V * (2 if fused and cfg.top_k else 5)
@@ -175,7 +176,7 @@ def phases(cfg, shape, prompt):
 
 
 def weight_bytes(cfg, shape):
-    """(base model, its head again in float32, what is trained with its gradient and Adam's two)"""
+    """(base model, its head again in float32, what is trained, with gradient and Adam's two)"""
     b, head, lora = BYTES[cfg.dtype], shape.V * shape.d, lora_size(cfg, shape)
     if not cfg.lora_r:
         return 0, 0, 16 * shape.parameters
@@ -193,7 +194,7 @@ def work(cfg, shape, prompt):
     # The head sees a step's tokens, or all that are masked in the block: half of it on average.
     steps = cfg.block_length // cfg.how.W
     seen = cfg.C if cfg.unmasking == "random" else cfg.C * (steps + 1) / 2
-    # Forward; backward to the activations, and to the weights where they are trained; the forward
+    # Forward; backward to the activations, and to the weights where they are trained; forward
     # once more if it is recomputed.
     passes = 2 + (not cfg.lora_r) + cfg.recompute
     pairs = cfg.mu * rows * min(cfg.k, cfg.m)
@@ -204,13 +205,13 @@ def work(cfg, shape, prompt):
 # --- What is here -----------------------------------------------------------------------------
 
 def free_memory():
-    """Bytes that a new program may take, of the machine or of this container; inf if unknown."""
+    """Bytes that a new program may take here or in this container; inf if unknown."""
     free = math.inf
     try:
-        free = 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
+        available = Path("/proc/meminfo").read_text().split("MemAvailable:")[1]
+        free = 1024 * int(available.split()[0])
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
     except (OSError, IndexError, ValueError):
         pass                           # macOS, or no limit
     return free
@@ -256,8 +257,8 @@ def report(cfg, shape, source):
     yield (f"trained     {size(trained)} with gradients and Adam's moments"
            + f": LoRA, {lora:,.1f} M on {layers} layers" * (cfg.lora_r > 0))
     how = "recomputed" if cfg.recompute else "kept (--recompute saves most of it)"
-    yield (f"learning    {size(peak['learn'])}: {cfg.micro_batch} rows of {prompt} + {cfg.C} tokens, "
-           f"activations {how}")
+    yield (f"learning    {size(peak['learn'])}: {cfg.micro_batch} rows of {prompt} + {cfg.C} "
+           f"tokens, activations {how}")
     yield f"            (prompts of {prompt} tokens: {known})"
     yield (f"writing     {size(peak['write'])}, evaluating {size(peak['evaluate'])}: "
            f"{cfg.rollout_batch} rows at a time")
@@ -270,8 +271,8 @@ def report(cfg, shape, source):
     rows, (write, learn) = cfg.questions * cfg.G, work(cfg, shape, prompt)
     pairs = cfg.mu * rows * min(cfg.k, cfg.m)
     again = learn / (3 + (not cfg.lora_r)) if cfg.recompute else 0
-    yield (f"an update   {rows} rollouts: {rows * cfg.m * L:,} tokens through the model to write, at "
-           f"most {pairs * L:,} to learn")
+    yield (f"an update   {rows} rollouts: {rows * cfg.m * L:,} tokens through the model to "
+           f"write, at most {pairs * L:,} to learn")
     yield (f"            {flops(write)} + {flops(learn)}"
            + f", {flops(again)} of the latter to recompute" * cfg.recompute)
     rates = {"time here": speed(cfg, shape), "on an H100": H100}

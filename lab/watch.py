@@ -96,7 +96,7 @@ def show(policy, data, number, cfg, source):
         words = ["_" if kind == "masked" else NEW + word + PLAIN if kind == "new" else word
                  for word, kind in zip(it.words, kinds)]
         print(f"x_{t:<3} {f'H {drawn:5.2f}' if t else '':8} {it.glue.join(words)}")
-    print("     _ masked, · filling; H: entropy of the draws of the step before, nats, summed\n")
+    print("     _ masked, · filling; H: entropy of what the step before drew, in nats\n")
     print(f"answer   {agrpo.cut(it.text, 110)}")
     read, why = agrpo.cut(repr(it.grade.parsed), 60), agrpo.cut(it.grade.reason, 40)
     print(f"checker  read {read}: {why}")
@@ -173,7 +173,7 @@ def gif(policy, data, first, cfg, path):
     frames[0].save(blob, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
     agrpo.write(path, blob.getvalue())
     right = [sum(pair[side].grade.correct for pair in pairs) for side in (1, 2)]
-    print(f"right of {len(pairs)} problems: base {right[0]}, trained {right[1]}; written to {path}")
+    print(f"of {len(pairs)} problems right: base {right[0]}, trained {right[1]}; {path} is written")
 
 
 def run(cfg, number, path):

@@ -207,7 +207,7 @@ def test_a_label_of_probability_zero_is_minus_inf_and_sends_no_gradient(device):
 
 @no_warning
 def test_very_negative_is_as_good_as_minus_inf(device):
-    """Masking with the smallest float must not overflow into NaN, not even in the first tile."""
+    """Masking with the smallest float does not overflow into NaN, not even in the first tile."""
     x = randn(2, 20000, device=device)
     x[:, :10000] = torch.finfo(torch.float32).min
     assert_bars(x, torch.tensor([10000, 19999], device=device), T=0.6)

@@ -4,7 +4,6 @@ Most groups here are forked from a server that has everything imported: a launch
 import it all again. One run goes through torchrun.
 """
 import contextlib
-import json
 import multiprocessing
 import os
 import signal
@@ -26,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ("--device cpu --questions 2 --G 6 --C 8 --m 4 --k 2 --updates 4 --eval_n 7 --steps 4 "
          "--lr 0.01 --save_every 1 --rollout_batch 6").split()
 
-# Even numbers pay. But where the prompt starts with an odd one nothing does: such groups are dead.
+# Even numbers pay. Where the prompt starts with an odd one nothing does: such groups are dead.
 HALF_DEAD = '''
 import tasks
 
@@ -139,20 +138,22 @@ def runs(server, flags, tmp_path_factory):
     """The same four updates by one process and by two."""
     where = tmp_path_factory.mktemp("runs")
     for size in (1, 2):
-        codes, said, errors = group(server, size, [*flags, "--out", where / str(size)], where / "log")
+        argv = [*flags, "--out", where / str(size)]
+        codes, said, errors = group(server, size, argv, where / "log")
         assert codes == [0] * size, errors
     return where, said
 
 
-# --- the same as one process --------------------------------------------------------------------
+# --- the same as one process ------------------------------------------------------------------
 
 def test_two_processes_with_half_the_questions_each_learn_what_one_learns(runs):
     one, two = runs[0] / "1", runs[0] / "2"
     assert apart(one, two) < 1e-5
     moved = [p.abs().max() for name, p in weights(one).items() if "lora_B" in name]
     assert max(moved) > 1e-3
-    for a, b in zip(*(map(timeless, read(x / "metrics.jsonl")) for x in (one, two)), strict=True):
-        assert a.pop("forwards") <= b.pop("forwards")           # micro-batches do not cross processes
+    metrics = [[timeless(x) for x in read(folder / "metrics.jsonl")] for folder in (one, two)]
+    for a, b in zip(*metrics, strict=True):
+        assert a.pop("forwards") <= b.pop("forwards")           # none mixes processes
         assert a == pytest.approx(b, abs=1e-5)
     final = [outcome(x)["summary"]["final"] for x in (one, two)]
     assert final[0] == final[1] and final[0][0]["n"] == 7       # 4 problems and 3
@@ -163,7 +164,7 @@ def test_also_where_one_of_them_has_only_dead_groups(runs, flags):
     data = tasks.load("half", "train", seed=0)
     dead = [[data[i]["start"] % 2 for i in agrpo.questions(len(data), 2, update, 0)]
             for update in range(4)]
-    assert [1, 0] in dead or [0, 1] in dead                     # the runs above had such updates
+    assert [1, 0] in dead or [0, 1] in dead                     # there were such updates
     shares = [x["dead_groups"] for x in read(runs[0] / "2" / "metrics.jsonl")]
     assert all(share >= sum(d) / 2 for share, d in zip(shares, dead)) and 0.5 in shares
 
@@ -174,7 +175,7 @@ def test_one_process_prints_and_writes(runs):
     assert len(read(where / "2" / "metrics.jsonl")) == 4
 
 
-# --- refused, ended, resumed --------------------------------------------------------------------
+# --- refused, ended, resumed ------------------------------------------------------------------
 
 def test_processes_that_differ_are_refused_before_they_learn(server, flags, tmp_path):
     other = save_model(tmp_path / "other", seed=1)
@@ -218,12 +219,10 @@ def test_torchrun_starts_it(runs, flags, tmp_path):
     """`--` before the file: else torchrun takes --m for the beginning of a flag of its own."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
     argv = [*launcher, "--master_port", str(free_port()), "--", "agrpo.py", *flags]
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    done = subprocess.run([*argv, "--out", str(tmp_path / "run"), "--updates", "1"], cwd=ROOT, env=env,
-                          capture_output=True, text=True, timeout=150)
+    done = subprocess.run([*argv, "--out", str(tmp_path / "run"), "--updates", "1"], cwd=ROOT,
+                          env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True,
+                          text=True, timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "2 process(es)" in done.stdout and done.stdout.count("held-out accuracy") == 1
-    first = [timeless(json.loads(line)) for line in
-             (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    two = timeless(read(runs[0] / "2" / "metrics.jsonl")[0])
-    assert first[0]["reward"] == pytest.approx(two["reward"])
+    first = [read(folder / "metrics.jsonl")[0] for folder in (tmp_path / "run", runs[0] / "2")]
+    assert first[0]["reward"] == pytest.approx(first[1]["reward"])

@@ -1,126 +1,156 @@
-"""README's commands go through the real parsers, its links and names exist; imports run one way."""
+"""README's commands go through the real parsers, its names exist; and imports run one way."""
+import argparse
 import ast
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import agrpo
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-SCRIPT = (ROOT / "run.sh").read_text()
 sys.path.insert(0, str(ROOT / "lab"))
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.S | re.M)
-
-
 def commands():
-    """Every shell command of README: those of the bash blocks, and those within its sentences."""
-    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
-    starts = r"(?:bash run\.sh|python \S+\.py|torchrun)"
-    lines += [" ".join(found.split()) for found in re.findall(rf"`({starts} [^`]*)`", README)]
-    return [line for line in map(str.strip, lines) if line and not line.startswith("#")]
+    """Every shell command of README: those of the bash blocks, and those in its sentences."""
+    blocks = "".join(re.findall(r"^```bash\n(.*?)^```", README, flags=re.S | re.M))
+    lines = blocks.replace("\\\n", " ").splitlines()
+    ours = r"(?:bash run\.sh|python \S+\.py|torchrun)"
+    lines += [" ".join(found.split()) for found in re.findall(rf"`({ours}[^`]*)`", README)]
+    return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
 
 
-def run_sh(command, flags):
-    """What run.sh makes of its first word: words that begin with a Python file. [] for its own."""
-    if command in ("menu", "help", "test"):
-        return []
-    cases = re.findall(r"^ +(\S+)\) +setup; exec \$python (.*) ;;$", SCRIPT, flags=re.M)
-    found = dict(cases).get(command) or dict(cases)["*"]
-    words = shlex.split(found.replace('"$command"', command).replace('"$@"', ""))
-    return [*words, *flags]
+# --- what a command runs ----------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def run_sh(tmp_path_factory):
+    """run.sh itself, with a python that prints its arguments: a function from words to those."""
+    folder = tmp_path_factory.mktemp("home")
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    for name in ("run.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, folder)
+    python = folder / ".venv" / "bin" / "python"
+    python.write_text('#!/bin/sh\nprintf "PYTHON %s\\n" "$@"\n')
+    python.chmod(0o755)
+    with open(folder / "requirements.txt") as wanted:           # as if it were installed
+        stamp = subprocess.run(["cksum"], stdin=wanted, capture_output=True, check=True).stdout
+    (folder / ".venv" / ".installed").write_bytes(stamp)
+
+    def call(words):
+        argv = ["bash", folder / "run.sh", *words]
+        done = subprocess.run(argv, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        return [line[7:] for line in lines if line.startswith("PYTHON ")]
+    return call
 
 
-def python_call(line):
-    """The words of a command from its Python file on; [] where it calls none of ours."""
-    line = re.sub(r"\$\w+|(?<=--seed )S\b", "2", line)         # the variable of a loop
-    words = re.split(r" (?:;|&&|\||>) ?|;", line)[-1] if "run.sh" not in line.split(";")[0] else line
-    words = [word.rstrip(";") for word in shlex.split(words, comments=True)]
-    words = words[:words.index("done")] if "done" in words else words
+def python_file(words, run_sh):
+    """The Python file that a command runs, and its flags; ("", []) where it is none of ours."""
     for i, word in enumerate(words):
         if word.endswith("run.sh"):
-            return run_sh((words[i + 1:] or ["menu"])[0], words[i + 2:])
-        if word.endswith(".py"):
-            return words[i:]
-    return []
+            words, i = run_sh(words[i + 1:]) or [""], 0
+        elif word.endswith("torchrun"):                         # by its own parser
+            from torch.distributed.run import parse_args
+            args = parse_args(words[i + 1:])
+            return args.training_script, args.training_script_args
+        if words[i].endswith(".py"):
+            return words[i], words[i + 1:]
+    return "", []
 
 
-def parse(file, flags):
-    """Flags through the parser of the file that they are for. Raises if it would refuse them."""
-    if flags in (["--help"], ["-h"]):
-        return
-    if file == "agrpo.py":
-        agrpo.parse(flags)
-    elif file == "lab/experiments.py":
-        import experiments
-        name, rest = (flags or ["menu"])[0], flags[1:]
-        if flags and name not in ("curves", "menu"):
-            experiments.Lab(name, rest)
-    elif file != "lab/make_tiny.py":
-        __import__(Path(file).stem).parse(flags)
+class Parsed(Exception):
+    pass
+
+
+def parse(file, flags, monkeypatch):
+    """Flags through the parser of the file that they are for. Raises if that refuses them."""
+    module = __import__(Path(file).stem)
+    if file == "lab/experiments.py":
+        if flags and flags[0] in module.EXPERIMENTS:
+            module.Lab(flags[0], flags[1:])
+            return
+        assert flags == [] or flags[0] == "curves", f"no experiment {flags[0]}"
+    elif hasattr(module, "parse"):
+        module.parse(flags)
+    else:                                                       # main() parses, then works
+        real = argparse.ArgumentParser.parse_args
+
+        def parsed(*args):
+            real(*args)
+            raise Parsed
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parsed)
+        monkeypatch.setattr(sys, "argv", [file, *flags])
+        with pytest.raises(Parsed):
+            module.main()
 
 
 @pytest.mark.parametrize("line", commands())
-def test_every_command_parses(line, monkeypatch):
-    monkeypatch.chdir(ROOT)                                     # lab/math_task.py and the like
-    monkeypatch.setattr(agrpo.torch.cuda, "device_count", lambda: 8)
-    file, *flags = python_call(line) or [""]
-    if not file:
-        pytest.skip("none of ours: " + line)
-    assert (ROOT / file).is_file() or file.startswith("my_"), file
-    if "my_task.py" in flags:                                   # the reader's own file
-        flags[flags.index("my_task.py")] = "lab/choice_task.py"
-    parse(file, flags)
+def test_every_command_parses(line, run_sh, monkeypatch):
+    monkeypatch.chdir(ROOT)                                     # for --task lab/math_task.py
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    line = re.sub(r"\$\w+|(?<=--seed )S\b", "2", line)          # the variable of a loop
+    found = [python_file(shlex.split(part, comments=True), run_sh)
+             for part in re.split(r"&&|;|\|", line)]
+    for file, flags in found:
+        if "my_task.py" in flags:                               # the reader's own
+            flags[flags.index("my_task.py")] = "lab/choice_task.py"
+        if file and flags not in (["--help"], ["-h"]):
+            assert (ROOT / file).is_file()
+            parse(file, flags, monkeypatch)
 
 
 def test_no_comment_follows_a_line_continuation():
-    assert not re.search(r"\\[ \t]*#|\\[ \t]+\n", "".join(blocks("bash")))
+    assert not re.search(r"\\[ \t]+(#.*)?\n", README)
 
 
-def test_links_functions_and_tests_that_readme_names_exist():
+def test_files_functions_and_tests_that_readme_names_exist():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
     for name in re.findall(r"`agrpo\.(\w+)[`(]", README):
         assert name == "py" or hasattr(agrpo, name), name
-    tests = "".join(path.read_text() for path in [ROOT / "test_agrpo.py", *ROOT.glob("lab/tests/*.py")])
+    files = [ROOT / "test_agrpo.py", *ROOT.glob("lab/tests/*.py")]
+    tests = "".join(path.read_text() for path in files)
     for name in re.findall(r"`(test_\w+)`", README):
         assert f"def {name}(" in tests, name
 
 
-# --- imports run one way ------------------------------------------------------------------------
+# --- imports run one way ----------------------------------------------------------------------
 
 def imported(path):
-    """Names of the top-level modules that a file imports, wherever in it."""
+    """Names of the modules that a file imports, wherever in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {part for alias in node.names for part in alias.name.split(".")}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} has a relative import"
-            names |= set(node.module.split(".")) | {alias.name for alias in node.names}
+            names |= {*node.module.split("."), *(alias.name for alias in node.names)}
     return names
 
 
 def test_imports_run_one_way():
     lab = {path.stem for path in ROOT.glob("lab/*.py")} | {"lab"}
     ours = lab | {"agrpo", "kernels", "tasks"}
-    assert imported(ROOT / "kernels.py") & ours == set()
-    assert imported(ROOT / "tasks.py") & ours == set()
+    assert not imported(ROOT / "kernels.py") & ours
+    assert not imported(ROOT / "tasks.py") & ours
     assert imported(ROOT / "agrpo.py") & ours == {"kernels", "tasks"}
     for path in ROOT.glob("lab/*.py"):
-        if path.stem != "experiments":
-            assert imported(path) & lab == set(), path
+        assert path.stem == "experiments" or not imported(path) & lab, path
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py")]:
+        assert "test" in path.stem or not {"conftest", "tests"} & imported(path), path
 
 
 def test_the_repository_speaks_of_the_project_alone():
     private = "/" + r"work/|/" + r"root/|/home/" + r"\w"
     for path in ROOT.rglob("*"):
-        folders = set(path.relative_to(ROOT).parts)
-        if path.suffix in (".py", ".md", ".sh", ".txt") and not {".venv", "runs", ".git"} & folders:
+        ours = not {".venv", "runs", ".git"} & set(path.relative_to(ROOT).parts)
+        if ours and path.suffix in (".py", ".md", ".sh", ".txt"):
             assert not re.search(private, path.read_text()), path

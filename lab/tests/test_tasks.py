@@ -3,6 +3,7 @@
 The tables hold answers that fooled other checkers, and right answers that others refused.
 """
 import ast
+import hashlib
 import json
 import logging
 import os
@@ -402,9 +403,9 @@ def test_math_lists_keep_their_order_where_the_question_asks_for_one():
         assert tasks.grade("math", tagged("1, 2, 3"), example).correct
 
 
-def test_honest_answers_beside_runaways_are_judged_and_the_warning_is_harmless(caplog):
+def test_honest_answers_beside_runaways_are_judged(caplog):
     math_task.judge([("1", "2-1", False)])                           # the child has started
-    runaways = ["9^{9^{9^{9}}}", "99999999!\x1b[2J\nCORRECT", "9^{9^9}+1"]
+    runaways = ["9^{9^{9^{9}}}", "99999999!", "9^{9^9}+1"]
     answers = [*runaways, *[f"{i}+{18 - i}" for i in range(500)]]
     start = time.monotonic()
     with caplog.at_level(logging.WARNING, logger="tasks"):
@@ -412,11 +413,17 @@ def test_honest_answers_beside_runaways_are_judged_and_the_warning_is_harmless(c
                                    [{"question": "", "answer": "18"}] * len(answers))
     assert [g.correct for g in grades] == [False] * 3 + [True] * 500
     assert time.monotonic() - start < 60 and "count as wrong" in caplog.text
-    for text in [record.getMessage() for record in caplog.records] + [g.parsed for g in grades]:
-        assert text.isprintable()
     zombies = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "stat="],
                              capture_output=True, text=True).stdout.count("Z")
     assert zombies == 0
+
+
+def test_a_warning_cannot_write_escape_sequences_or_forge_a_line(caplog, monkeypatch):
+    monkeypatch.setattr(math_task, "judge", lambda questions: dict.fromkeys(questions))
+    with caplog.at_level(logging.WARNING, logger="tasks"):
+        got = tasks.grade("math", tagged("9\x1b[2J\n\u202eCORRECT"), {"question": "", "answer": "18"})
+    assert not got.correct and got.reason == "not judged in time" and got.parsed.isprintable()
+    assert caplog.records[0].getMessage().isprintable()
 
 
 def test_a_killed_child_is_replaced():
@@ -540,17 +547,13 @@ def test_nothing_the_model_wrote_is_executed():
 
 # --- Generated data ---------------------------------------------------------------------------
 
-def test_generated_problems_are_those_of_earlier_releases():
-    """So that earlier numbers stay comparable, on any machine."""
-    for task, split, i, example in (
-            ("countdown", "train", 7, {"nums": [84, 85, 95], "target": 74}),
-            ("countdown", "test", 999, {"nums": [95, 66, 99], "target": 62}),
-            ("sudoku", "train", 7,
-             {"puzzle": "2030431014000200", "solution": "2134431214233241"}),
-            ("sudoku", "test", 999,
-             {"puzzle": "0130000010230314", "solution": "4132324114232314"})):
-        seed = 3 if split == "train" else 0
-        assert tasks.load(task, split, seed=seed)[i] == example
+@pytest.mark.parametrize("task, split, n, digest", [
+    ("countdown", "train", 200, "14fd62bac7ae"), ("countdown", "test", 1000, "31c1fdbd50b8"),
+    ("sudoku", "train", 50, "1508fcc202ea"), ("sudoku", "test", 200, "039319295610")])
+def test_generated_problems_are_those_of_earlier_releases(task, split, n, digest):
+    """So that earlier numbers stay comparable, on any machine and in any process."""
+    data = tasks.load(task, split, seed=3 if split == "train" else 0)[:n]
+    assert hashlib.md5(json.dumps(data).encode()).hexdigest()[:12] == digest
 
 
 @pytest.mark.parametrize("task", ["countdown", "sudoku"])
@@ -738,6 +741,8 @@ def test_files_of_every_kind_are_read_by_datasets(tmp_path):
     file = write(tmp_path / "s.csv", "\ufeffPuzzle,Solution", f"{puzzle},{SOLUTION}")
     assert list(tasks.load("sudoku", "test", file=file)) == [{"puzzle": puzzle,
                                                               "solution": SOLUTION}]
+    file = write(tmp_path / "g.csv", "question,answer", "007,1")        # all columns are text
+    assert tasks.load("gsm8k", "test", file=file)[0]["question"] == "007"
     file = write(tmp_path / "s.jsonl", {"Puzzle": int(puzzle), "Solution": int(SOLUTION)})
     assert tasks.load("sudoku", "test", file=file)[0]["puzzle"] == puzzle
     rows = [{"question": "a", "answer": 18}, {"question": "b", "answer": 27.0},
@@ -830,7 +835,8 @@ def test_without_a_hub_the_cache_is_used(tmp_path, monkeypatch):
     import datasets
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(tasks, "hub_answers", lambda huggingface_hub: False)
-    datasets.Dataset.from_list([{"question": "q", "answer": "#### 3"}]).to_parquet(tmp_path / "p")
+    data = datasets.Dataset.from_list([{"question": "q", "answer": "#### 3"}])
+    data.to_parquet(tmp_path / "p")
     datasets.load_dataset("parquet", data_files={"test": str(tmp_path / "p")})
     (made,) = tmp_path.glob("parquet/*/*/*/")
     cached = tmp_path / "openai___gsm8k/main/0.0.0/0123abcd"        # as a download leaves it

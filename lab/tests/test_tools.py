@@ -1,0 +1,343 @@
+"""Evaluate, watch, plan and make_tiny: every number again, and nothing lost when killed."""
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import agrpo
+import tasks
+from lab import evaluate, make_tiny, plan, watch
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = "--device cpu --eval_n 6 --rollout_batch 3 --steps 6,3 --C 12 --m 3".split()
+
+
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    """A model that nobody trained but that likes the answer tags, and an adapter that is not 0."""
+    from peft import LoraConfig, get_peft_model
+
+    where, tokenizer = tmp_path_factory.mktemp("shelf"), make_tiny.make_tokenizer()
+    torch.manual_seed(0)
+    model = make_tiny.make_model(tokenizer)
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    model.decoder.bias.data[tokenizer.convert_tokens_to_ids(["<answer>", "</answer>"])] = 3.0
+    model.save_pretrained(where / "model")
+    tokenizer.save_pretrained(where / "model")
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    names = [name for name, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)]
+    lora.target_modules = [f"model.{name}" for name in names]
+    get_peft_model(model, lora).save_pretrained(where / "adapter")
+    return SimpleNamespace(model=str(where / "model"), adapter=str(where / "adapter"))
+
+
+def as_tuple(parsed):
+    return parsed if isinstance(parsed, tuple) else (parsed,)
+
+
+def run(program, *argv):
+    """What a lab program printed and returned."""
+    said, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+        code = agrpo.in_one_sentence(lambda: program.run(*as_tuple(program.parse([*map(str, argv)]))))
+    return SimpleNamespace(code=code, out=said.getvalue(), err=errors.getvalue())
+
+
+# --- evaluate ---------------------------------------------------------------------------------
+
+def evaluated(shelf, out, *flags):
+    result = run(evaluate, *FLAGS, "--model", shelf.model, "--out", out, *flags)
+    if result.code == 0:
+        lines = (out / "generations.jsonl").read_text().splitlines()
+        result.answers = {evaluate.place(r): r for r in map(json.loads, lines)}
+        assert len(result.answers) == len(lines)                # none written twice
+        result.table = json.loads((out / "eval.json").read_text())
+    return result
+
+
+@pytest.fixture(scope="module")
+def whole(shelf, tmp_path_factory):
+    return evaluated(shelf, tmp_path_factory.mktemp("whole"), "--adapter", shelf.adapter)
+
+
+def test_every_number_of_the_table_follows_from_the_answers(whole):
+    assert whole.code == 0, whole.err
+    for who in ("base", "trained"):
+        for row in whole.table[who]:
+            cell = [r for r in whole.answers.values()
+                    if (r["who"], r["m"], r["greedy"]) == (who, row["m"], row["greedy"])]
+            assert row["n"] == len(cell) == 6
+            assert row["accuracy"] == sum(r["correct"] for r in cell) / 6
+            assert row["tagged"] == pytest.approx(sum(r["metrics"]["tagged"] for r in cell) / 6)
+            assert row["reward"] == pytest.approx(sum(r["reward"] for r in cell) / 6)
+    assert [(row["m"], row["greedy"]) for row in whole.table["base"]] == [
+        (6, True), (3, True), (6, False), (3, False)]
+    assert "tagged" in whole.out and "trained" in whole.out
+
+
+def test_base_and_trained_are_two_models_and_agrpo_s_own_evaluation_agrees(whole, shelf, tmp_path):
+    texts = {who: [r["text"] for r in whole.answers.values() if r["who"] == who]
+             for who in ("base", "trained")}
+    assert texts["base"] != texts["trained"]
+    cfg = agrpo.parse([*FLAGS, "--model", shelf.model, "--adapter", shelf.adapter])
+    policy, data = agrpo.load_policy(cfg), tasks.load("countdown", "test", **cfg.options)
+    for row, (_, how) in zip(whole.table["trained"], cfg.cells()):
+        grades = agrpo.grade_held_out(policy, data, cfg, how, 6)
+        assert row["reward"] == pytest.approx(sum(g.reward for g in grades) / 6)
+
+
+@pytest.mark.parametrize("batches", [1, 9])
+def test_a_killed_evaluation_goes_on_and_writes_no_answer_twice(batches, shelf, whole, tmp_path):
+    write_answers, rows = agrpo.write_answers, []
+
+    def counted(policy, examples, *args):
+        if len(rows) == batches:
+            raise KeyboardInterrupt
+        rows.append(len(examples))
+        return write_answers(policy, examples, *args)
+
+    flags = ("--adapter", shelf.adapter)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agrpo, "write_answers", counted)
+        assert evaluated(shelf, tmp_path, *flags).code == 130
+        with open(tmp_path / "generations.jsonl", "a") as f:
+            f.write('{"who": "base", "seed": 0, "ind')          # killed in the middle of a line
+        batches = -1
+        again = evaluated(shelf, tmp_path, *flags)
+    assert sum(rows) == 8 * 6
+    assert again.answers == whole.answers and again.table["trained"] == whole.table["trained"]
+
+
+def test_more_problems_and_seeds_may_be_asked_for_and_other_flags_may_not(shelf, tmp_path):
+    first = evaluated(shelf, tmp_path, "--eval_n", "3")
+    more = evaluated(shelf, tmp_path, "--seeds", "3")
+    assert first.code == more.code == 0 and first.answers.items() <= more.answers.items()
+    for row in more.table["base"]:
+        cell = [r for r in more.answers.values() if (r["m"], r["greedy"]) == (row["m"], row["greedy"])]
+        assert len(cell) == (6 if row["greedy"] else 18) and row["n"] == 6
+        assert row["reward"] == pytest.approx(sum(r["reward"] for r in cell) / len(cell))
+    seeds = [[r["text"] for r in more.answers.values() if r["seed"] == s and not r["greedy"]]
+             for s in range(3)]
+    assert seeds[0] != seeds[1] != seeds[2]
+    other = evaluated(shelf, tmp_path, "--temperature", "0.5")
+    assert other.code == 2 and "--temperature 1.0, not 0.5" in other.err
+    other = evaluated(shelf, tmp_path, "--adapter", shelf.adapter)
+    assert other.code == 2 and "--adapter" in other.err
+
+
+def test_the_interval_is_over_problems_and_the_spread_over_seeds():
+    def records(*right):
+        return [dict(correct=bool(x), reward=float(x), metrics={"cells": x / 2}) for x in right]
+    row = evaluate.summarise([records(1, 0, 0, 1), records(1, 0, 0, 0)], 2, False)
+    assert row["accuracy"] == 0.375 and row["n"] == 4 and row["cells"] == 0.1875
+    assert row["sd over seeds"] == pytest.approx(0.25 / 2 ** 0.5)
+    assert (row["low"], row["high"]) == pytest.approx((0.0919, 0.7806), abs=1e-3)    # Wilson
+
+
+@pytest.mark.parametrize("flags, says", [
+    (("--seeds", "0"), "--seeds 0"), (("--steps", "5"), "--steps 5"), (("--nothing", "1"), "--nothing"),
+    (("--adapter", "/nowhere"), "--adapter /nowhere")])
+def test_bad_flags_get_one_sentence(flags, says, shelf, tmp_path):
+    result = evaluated(shelf, tmp_path / "out", *flags)
+    assert result.code == 2 and says in result.err and result.err.count("\n") <= 2
+
+
+# --- watch ------------------------------------------------------------------------------------
+
+def test_watch_shows_each_token_once_as_new_in_the_step_that_drew_it(shelf, monkeypatch):
+    monkeypatch.setattr(watch, "NEW", "{")
+    monkeypatch.setattr(watch, "PLAIN", "}")
+    shown = run(watch, "--model", shelf.model, "--device", "cpu", "--m", "4", "--problem", "2")
+    assert shown.code == 0, shown.err
+    states = [line[15:] for line in shown.out.splitlines() if line.startswith("x_")]
+    assert [state.count("_") for state in states] == [12, 9, 6, 3, 0]
+    assert [state.count("{") for state in states] == [0, 3, 3, 3, 3]
+    assert "checker" in shown.out
+    refused = run(watch, "--model", shelf.model, "--problem", "100000")
+    assert refused.code == 2 and "--problem 100000" in refused.err
+
+
+def test_a_token_cannot_write_to_the_terminal(shelf):
+    cfg = agrpo.parse(["--model", shelf.model, "--device", "cpu"])
+    policy, data = agrpo.load_policy(cfg), tasks.load("countdown", "test", **cfg.options)
+    decode = policy.tokenizer.batch_decode
+    policy.tokenizer.batch_decode = lambda *a, **k: [t + "\033[2J\n" for t in decode(*a, **k)]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        watch.show(policy, data, 0, replace(cfg, m=2), data.source)
+    assert "\\x1b[2J" in said.getvalue() and "\033" not in said.getvalue()
+
+
+def test_the_gif_has_a_frame_for_every_state_of_six_problems(shelf, tmp_path):
+    from PIL import Image
+
+    path = tmp_path / "new" / "watch.gif"
+    flags = ("--model", shelf.model, "--device", "cpu", "--m", "2")
+    drawn = run(watch, *flags, "--adapter", shelf.adapter, "--gif", path)
+    assert drawn.code == 0, drawn.err
+    with Image.open(path) as image:
+        assert image.n_frames == 6 * 3 and 800 < image.width < 900
+        # x_0 has grey boxes only, the finished text has none.
+        grey = []
+        for i in (0, 2):
+            image.seek(i)
+            grey.append(sum(n for n, c in image.convert("RGB").getcolors(1 << 20)
+                            if max(abs(x - y) for x, y in zip(c, (208, 215, 222))) < 8))
+        assert grey[0] > 5000 > 500 > grey[1]
+    for more, says in ((("--gif",), "no adapter in"),
+                       (("--adapter", shelf.adapter, "--gif", "a.png"), "a.png")):
+        refused = run(watch, *flags, "--out", tmp_path / "none", *more)
+        assert refused.code == 2 and says in refused.err
+
+
+# --- plan -------------------------------------------------------------------------------------
+
+SIZE = dict(vocab_size=600, hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
+SPECIAL = dict(pad_token_id=0, eos_token_id=2, bos_token_id=4)
+
+
+def blocks_of(kind):
+    """Models of transformers that have the blocks of those we train, small and random."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    if kind == "modernbert":
+        return t.ModernBertForMaskedLM(t.ModernBertConfig(
+            **SIZE, **SPECIAL, intermediate_size=384, global_attn_every_n_layers=1,
+            reference_compile=False, cls_token_id=4, sep_token_id=4))
+    if kind == "llada-like":
+        return t.LlamaForCausalLM(t.LlamaConfig(**SIZE, **SPECIAL, intermediate_size=384))
+    if kind == "dream-like":
+        return t.Qwen2ForCausalLM(t.Qwen2Config(
+            **SIZE, **SPECIAL, intermediate_size=384, num_key_value_heads=2))
+    if kind == "qwen3":
+        return t.Qwen3ForCausalLM(t.Qwen3Config(
+            **SIZE, **SPECIAL, intermediate_size=384, num_key_value_heads=2, head_dim=64,
+            tie_word_embeddings=True))
+    return t.OlmoeForCausalLM(t.OlmoeConfig(
+        **SIZE, **SPECIAL, intermediate_size=64, num_experts=8, num_experts_per_tok=2))
+
+
+def config_of(model, kind):
+    config = json.loads(model.config.to_json_string())
+    if kind == "moe":                                           # as LLaDA-MoE's config calls it
+        config["expert_intermediate_size"] = config.pop("intermediate_size")
+    return config
+
+
+def peak_of(program):
+    """Bytes at the peak of what the allocator gave while the program ran."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
+        program()
+    found = [(e.start_ns(), e.nbytes()) for e in log.profiler.kineto_results.events()
+             if e.name() == "[memory]"]
+    now = peak = 0
+    for _, change in sorted(found):
+        now += change
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "llada-like", "dream-like", "qwen3", "moe"])
+@pytest.mark.parametrize("flags", [(), ("--dtype", "bfloat16"), ("--recompute",)], ids=str)
+def test_the_plan_s_memory_is_within_15_percent_of_what_a_pass_takes(kind, flags):
+    cfg = agrpo.parse(["--device", "cpu", "--lora_r", "4", "--C", "48", "--m", "8", "--k", "1",
+                       "--block_length", "48", "--micro_batch", "8", "--rollout_batch", "8", *flags])
+    model = blocks_of(kind).to(getattr(torch, cfg.dtype)).train()
+    model.config.use_cache = False
+    policy = agrpo.Policy(model, make_tiny.make_tokenizer(), 1, "cpu")
+    agrpo.add_adapters(policy, cfg)
+    shape = plan.shape_of(config_of(model, kind))
+    sizes = [(p.numel(), p.requires_grad) for p in policy.model.parameters()]
+    lora, total = sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+    copied = shape.V * shape.d * (cfg.dtype != "float32" and shape.tied)     # the head, in float32
+    assert plan.lora_size(cfg, shape) == lora
+    assert shape.parameters == pytest.approx(total - lora - copied, rel=0.01)
+
+    q = torch.randint(5, 100, (8, 80))
+    traj = agrpo.rollout(policy, q, torch.ones_like(q), cfg.how)
+    pairs = (torch.arange(8), torch.arange(8), torch.ones(8).double())
+    wrote = peak_of(lambda: agrpo.rollout(policy, q, torch.ones_like(q), cfg.how))
+    learnt = peak_of(lambda: agrpo.add_gradient(policy, traj, torch.ones(8).double(), pairs))
+    planned = plan.phases(cfg, shape, 80)
+    assert planned["write"] == pytest.approx(wrote, rel=0.15)
+    assert planned["learn"] + 4 * lora == pytest.approx(learnt, rel=0.15)       # and gradients
+
+
+@pytest.mark.parametrize("config, published", [
+    (plan.LLADA, 8.016e9), (plan.DREAM, 7.616e9), (plan.LLADA_MOE, 7.36e9), (plan.QWEN3, 0.596e9)])
+def test_known_models_have_the_size_that_is_published(config, published):
+    assert plan.shape_of(config).parameters == pytest.approx(published, rel=0.002)
+
+
+def test_of_a_mixture_a_token_meets_its_own_experts_only():
+    shape = plan.shape_of(plan.LLADA_MOE)
+    assert shape.active + shape.V * shape.d == pytest.approx(1.4e9, rel=0.02)    # "A1B": 1.4 B
+    assert len(shape.adapted) == 4
+
+
+def test_the_work_of_a_rollout_and_of_recomputing_by_hand():
+    shape = plan.Shape(layers=2, d=8, q=8, V=100, tied=False, adapted=[(8, 8)], blocks=1000,
+                       active=1000, kept=0, kept32=0, alive=0)
+    cfg = agrpo.parse("--questions 2 --G 2 --C 12 --m 4 --k 2 --lora_r 1 --device cpu".split())
+    lora, L = 2 * (8 + 8), 5 + 12
+    token = 2 * (1000 + lora) + 4 * L * 8 * 2
+    write, learn = plan.work(cfg, shape, 5)
+    assert write == 4 * (4 * L * token + 12 * 2 * 100 * 8)
+    assert learn == 4 * 2 * (L * token + 3 * 2 * 100 * 8) * 2
+    assert plan.work(replace(cfg, recompute=True), shape, 5) == (write, 1.5 * learn)
+
+
+def test_a_plan_needs_no_more_than_a_config(shelf, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "speed", lambda cfg, shape: 1e12)
+    big = run(plan, "--preset", "llada", "--task", "gsm8k", "--device", "cpu")
+    assert big.code == 0, big.err
+    for part in ("8,015.6 M parameters: 15.0 GB in bfloat16", "167.8 M on 224 layers", "recomputed",
+                 "16.0 GB for the model", "on an H100"):
+        assert part in big.out
+    (tmp_path / "config.json").write_text((Path(shelf.model) / "config.json").read_text())
+    bare = run(plan, "--model", tmp_path, "--device", "cpu")
+    assert bare.code == 0 and "0.5 M parameters" in bare.out and "a token" in bare.out
+    for text, says in (("{}", "lacks dimensions"), ("{", "JSON")):
+        (tmp_path / "config.json").write_text(text)
+        assert says in run(plan, "--model", tmp_path, "--device", "cpu").err
+    assert "a folder with its config.json" in run(plan, "--model", "nobody/nothing").err
+
+
+# --- make_tiny, and all of them ----------------------------------------------------------------
+
+def test_make_tiny_starts_and_leaves_the_shipped_model_alone(tmp_path, monkeypatch):
+    shipped = {p: p.stat().st_mtime_ns for p in (ROOT / "lab" / "tiny").iterdir()}
+    monkeypatch.setattr(make_tiny, "MANY", 200)
+    monkeypatch.setattr(sys, "argv", ["make_tiny.py", "--steps", "2", "--out", str(tmp_path / "tiny")])
+    make_tiny.main()
+    assert shipped == {p: p.stat().st_mtime_ns for p in (ROOT / "lab" / "tiny").iterdir()}
+    assert agrpo.load_policy(agrpo.parse(["--model", str(tmp_path / "tiny"), "--device", "cpu"])).mask_id == 1
+
+
+@pytest.mark.parametrize("task, options", [("countdown", make_tiny.COUNTDOWN), ("sudoku", make_tiny.SUDOKU)])
+def test_what_the_tiny_model_was_taught_is_right(task, options, monkeypatch):
+    import random
+    monkeypatch.setattr(make_tiny, "MANY", 200)
+    rng = random.Random(0)
+    examples = make_tiny.examples_of(task, 0, options, rng)
+    for _ in range(50):
+        example = next(examples)
+        assert tasks.grade(task, make_tiny.answer(task, example, rng), example).correct
+
+
+@pytest.mark.parametrize("name", ["evaluate", "watch", "plan", "make_tiny"])
+def test_help_has_an_example(name):
+    done = subprocess.run([sys.executable, ROOT / "lab" / f"{name}.py", "--help"], text=True,
+                          capture_output=True, timeout=60)
+    assert done.returncode == 0 and "bash run.sh" in done.stdout, done.stderr
