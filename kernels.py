@@ -24,6 +24,7 @@ follows), autotuning, ignored labels, second derivatives. Needs torch; triton on
 
 Letters   N rows   V vocabulary   K width of a support   T temperature   y the label: a token id
 """
+import contextlib
 import functools
 import sys
 import types
@@ -282,7 +283,8 @@ def support_logprobs_and_entropy(logits, support, labels, temperature=1.0, impl=
 
 @functools.cache
 def say_once(message):
-    print(f"kernels.py: {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):                   # nobody may be listening any more
+        print(f"kernels.py: {message}", file=sys.stderr)
 
 
 def check(logits, labels, positions, temperature):

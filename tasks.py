@@ -655,7 +655,7 @@ def first_line(error):
 
 @contextlib.contextmanager
 def offline(wanted):
-    """Its client retries an absent hub for half a minute; offline it takes the cache or fails."""
+    """Where no hub answers, its client retries for half a minute; offline it uses the cache."""
     import datasets
     import huggingface_hub
     switches = (datasets.config, huggingface_hub.constants)

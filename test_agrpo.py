@@ -344,7 +344,8 @@ def made_up(step_of, logp_old, entropy, m):
     """A trajectory of which only the steps matter."""
     rows = len(step_of)
     return agrpo.Trajectory(*prompt(rows), *torch.full((1, rows, len(step_of[0])), A_), torch.tensor(step_of),
-                            torch.tensor(logp_old).double(), torch.tensor(entropy).double(), None,
+                            torch.tensor(logp_old).double(),
+                            torch.tensor(entropy, dtype=torch.float64), None,
                             agrpo.Decoding(len(step_of[0]), m, len(step_of[0])))
 
 
@@ -544,6 +545,16 @@ def test_with_beta_the_reference_is_asked_and_its_kl_is_subtracted():
     assert 0.3 * (seen.kl.sum(1) * probability[rows]).sum() == pytest.approx(want.item())   # and is logged
 
 
+def test_a_ratio_per_step_is_the_product_of_its_tokens():
+    model = Toy(C=4)
+    traj = sample(model, 12, agrpo.Decoding(4, 2, 4))
+    model.W.data += 0.1 * torch.randn(model.W.shape, generator=torch.Generator().manual_seed(0)).double()
+    token, step = (agrpo.add_gradient(model, traj, torch.ones(12), all_pairs(traj), ratio_per=per)
+                   for per in ("token", "step"))
+    assert token.ratio.shape == (24, 2) and (token.ratio - 1).abs().max() > 0.01
+    assert torch.allclose(step.ratio, token.ratio.prod(dim=1, keepdim=True))
+
+
 def test_a_second_pass_is_clipped_against_the_rollout_not_the_last_pass():
     """Pushing one rollout far enough stops the gradient of every token: rho compares with pi_old."""
     model = Toy(C=2)
@@ -591,6 +602,7 @@ def test_a_policy_gives_the_models_own_logits_at_the_asked_positions(tiny):
     assert torch.allclose(tiny(junk, q_mask, at, None), got, atol=1e-4)
     tiny.ignores_mask = True                                    # a model that does not heed its mask
     assert torch.allclose(tiny(junk, q_mask, at, None), got, atol=1e-4)
+    assert torch.allclose(tiny(junk.flip(0), q_mask.flip(0), at, None), got.flip(0), atol=1e-4)
     tiny.ignores_mask, tiny.shift = False, 1                    # Dream: position i is predicted at i - 1
     assert torch.allclose(tiny(q, q_mask, at + 1, None), got, atol=1e-4)
     tiny.shift = 0
@@ -689,6 +701,20 @@ def test_learning_on_the_toy_raises_the_expected_reward(toy_task):
     after = agrpo.evaluate(policy, data * 300, cfg, cfg.how, 300)
     assert before < 0.6 and after > 0.95 and log[-1]["reward"] > log[0]["reward"]
     assert log[5]["lr"] == agrpo.learning_rate(cfg, 5) and log[0]["ratio_min"] == log[0]["ratio_max"] == 1
+
+
+def test_the_numbers_of_the_log_by_hand():
+    """Two groups of two, the second dead; one row ended early; of four ratios two are clipped."""
+    traj = made_up([[0, 1], [0, 1], [0, 1], [0, 2]], [[0.0, 0.0]] * 4, [[1.0, 2.0]] * 4, m=2)
+    traj.o[:2, 1] = EOS
+    grades = [tasks.Grade(r, r > 2, 0.5, "", "", {}) for r in (4.0, 1.0, 1.0, 1.0)]
+    A = torch.tensor([1.5, -1.5, 0.0, 0.0])
+    ratio, of_pair = torch.tensor([[0.5], [1.5], [0.5], [1.0]]), torch.tensor([[1.5], [1.5], [-1.5], [-1.5]])
+    seen = agrpo.Seen(ratio, of_pair, torch.full((4, 1), 0.25), 3)
+    found = agrpo.statistics(SimpleNamespace(fill_ids={EOS}), traj, grades, A, seen, agrpo.Config(m=2, G=2))
+    assert found == dict(
+        reward=7 / 4, correct=1 / 4, format=0.5, dead_groups=0.5, length=6 / 4, entropy=10 / 7, late_eos=2 / 3,
+        kl=0.25, clip_low=1 / 4, clip_high=1 / 4, ratio_min=0.5, ratio_max=1.5, pairs=4, forwards=3)
 
 
 def test_evaluation_is_greedy_max_prob_and_as_the_rollouts_sample():

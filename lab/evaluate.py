@@ -74,11 +74,12 @@ def read_back(path):
 def refuse_other_flags(path, flags):
     """Answers of two settings must not end up in one table."""
     before = json.loads(path.read_bytes()) if path.exists() else {}
-    for name in before.keys() - FREE:
-        if before[name] != flags.get(name):
-            raise agrpo.UserError(
-                f"--out {path.parent} was evaluated with --{name} {before[name]}, not "
-                f"{flags.get(name)}: repeat its flags, or choose another --out")
+    for name in before:
+        if name not in FREE and before[name] != flags.get(name):
+            was = (f"with --{name} {before[name]}, not {flags.get(name)}" if name != "weights"
+                   else "with other weights of the same name")
+            raise agrpo.UserError(f"--out {path.parent} was evaluated {was}: repeat its flags, "
+                                  "or choose another --out")
     agrpo.write(path, agrpo.to_json(flags, indent=2))
 
 

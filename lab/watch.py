@@ -173,7 +173,7 @@ def gif(policy, data, first, cfg, path):
     frames[0].save(blob, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
     agrpo.write(path, blob.getvalue())
     right = [sum(pair[side].grade.correct for pair in pairs) for side in (1, 2)]
-    print(f"of {len(pairs)} problems right: base {right[0]}, trained {right[1]}; {path} is written")
+    print(f"of {len(pairs)} problems right: base {right[0]}, trained {right[1]}; wrote {path}")
 
 
 def run(cfg, number, path):

@@ -457,21 +457,26 @@ def test_the_head_on_chosen_rows_changes_no_logit(kind, shelf):
     assert (chosen - expected).abs().max() < 1e-6
 
 
+def bytes_kept(work):
+    """For the backward pass, while work() runs."""
+    seen = []
+
+    def keep(t):
+        seen.append(t.nbytes)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        work()
+    return sum(seen)
+
+
 @each("llada", "dream", "a2d", "modernbert")
 def test_recomputed_activations_change_no_gradient(kind, shelf):
     grads, kept = [], []
     for flags in ([], ["--recompute"]):
         policy = policy_of(shelf[kind], *flags, trust=kind != "modernbert")
-        seen = []
-
-        def keep(t):
-            seen.append(t.nbytes)
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            add_gradient(policy)
+        kept.append(bytes_kept(lambda: add_gradient(policy)))
         grads.append({name: p.grad for name, p in trained(policy).items()})
-        kept.append(sum(seen))
     assert kept[1] < kept[0] / 2
     for name, g in grads[0].items():
         assert torch.equal(g, grads[1][name])
@@ -549,11 +554,16 @@ def test_16_bit_bases_multiply_in_16_bits_and_the_head_in_32(kind, shelf):
     head, embedding = policy.model.get_output_embeddings(), policy.model.get_input_embeddings()
     assert head.weight.dtype == torch.float32 and embedding.weight.dtype == torch.bfloat16
     assert {p.dtype for p in trained(policy).values()} == {torch.float32}
+    # Not cast up in front of a product that casts down again: that is a copy of every input.
+    given = set()
+    for name, module in policy.model.named_modules():
+        if "lora_A." in name:
+            module.register_forward_pre_hook(lambda layer, args: given.add(args[0].dtype))
     ids = torch.arange(20, 34).view(2, 7)
     with Products() as products:
         logits = policy(ids, torch.ones_like(ids), torch.tensor([[1, 2, 3]] * 2))
     V = logits.shape[-1]
-    assert logits.dtype == torch.float32
+    assert logits.dtype == torch.float32 and given == {torch.bfloat16}
     for a, b, shape in products.seen:
         expected = torch.float32 if V in shape else torch.bfloat16
         assert a == b == expected, shape

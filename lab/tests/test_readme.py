@@ -31,7 +31,7 @@ def commands():
 
 @pytest.fixture(scope="module")
 def run_sh(tmp_path_factory):
-    """run.sh itself, with a python that prints its arguments: a function from words to those."""
+    """run.sh itself, with a python that prints its arguments: words -> those."""
     folder = tmp_path_factory.mktemp("home")
     (folder / ".venv" / "bin").mkdir(parents=True)
     for name in ("run.sh", "requirements.txt"):

@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,7 +52,11 @@ def save_model(folder, seed=0, layers=2):
 
 @pytest.fixture(scope="module", autouse=True)
 def models_and_one_thread(tmp_path_factory):
-    """One thread, as in the processes below: another order of sums has other last bits."""
+    """One thread, as in the processes below: another order of sums has other last bits.
+
+    And Ctrl-C is heard, also where these tests run in the background of a script.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, threads = tmp_path_factory.mktemp("models"), torch.get_num_threads()
     torch.set_num_threads(1)
     MODEL["base"] = save_model(folder / "base")
@@ -59,6 +64,7 @@ def models_and_one_thread(tmp_path_factory):
     MODEL["shallow"] = save_model(folder / "shallow", layers=1)
     yield
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, before)
 
 
 def flags(out, *more):
@@ -390,12 +396,24 @@ def poison(monkeypatch, calls):
     return moved
 
 
-LIVELY = ("--seed", "3", "--G", "8")             # no update of these has dead groups only
+def change(monkeypatch, name="countdown", **parts):
+    """Another grader for a task."""
+    monkeypatch.setitem(tasks.TASKS, name, replace(tasks.TASKS[name], **parts))
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing_and_is_said(tmp_path, monkeypatch):
+@pytest.fixture
+def lively(monkeypatch):
+    """Rewards of which no two are often alike, so that no update has dead groups only."""
+    def grade(text, example):
+        different = len(set(text.split()))
+        return tasks.graded(different / 12, 0, "different words", text)
+    for name in ("countdown", "sudoku"):
+        change(monkeypatch, name, grade=grade)
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing_and_is_said(lively, tmp_path, monkeypatch):
     moved = poison(monkeypatch, {3})             # second pass of the second update
-    done = run(tmp_path / "run", "--mu", 2, *LIVELY)
+    done = run(tmp_path / "run", "--mu", 2)
     assert done.code == 0 and "changed nothing" in done.out
     assert moved[:-1] == [True, True, True, False, True, True, True]
     norms = [x["grad_norm"] for x in read(tmp_path / "run" / "metrics.jsonl")]
@@ -403,25 +421,24 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_said(tmp_path, monke
     assert read(tmp_path / "run" / "summary.json")["skipped_updates"] == 1
 
 
-def test_three_in_a_row_end_the_run_with_the_weights_before_them(tmp_path, monkeypatch):
+def test_three_in_a_row_end_the_run_with_the_weights_before_them(lively, tmp_path, monkeypatch):
     moved = poison(monkeypatch, {1, 2, 3})
-    done = run(tmp_path / "run", "--updates", 9, *LIVELY)
+    done = run(tmp_path / "run", "--updates", 9)
     assert done.code == 2 and "in a row" in done.err and "--lr" in done.err
     assert moved == [True, False, False, False]
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert saved["state"]["update"] == 4 and len(read(tmp_path / "run" / "metrics.jsonl")) == 4
 
 
-def test_weights_that_diverge_end_in_one_sentence(tmp_path):
-    done = run(tmp_path / "run", "--lr", 1e30, *LIVELY)
+def test_weights_that_diverge_end_in_one_sentence(lively, tmp_path):
+    done = run(tmp_path / "run", "--lr", 1e30)
     assert done.code == 2 and "not finite" in done.err and "--lr" in done.err
     assert len(done.err.splitlines()) == 1
 
 
 def test_a_run_that_learnt_from_no_rollout_says_so(tmp_path, monkeypatch):
-    task = tasks.TASKS["countdown"]
-    grade = lambda text, example: tasks.graded(0.0, False, "never right", "", False)
-    monkeypatch.setattr(task, "grade", grade)
+    grade = lambda text, example: tasks.graded(0.0, 0, "never right", "")
+    change(monkeypatch, grade=grade)
     done = run(tmp_path / "run", "--updates", 1)
     assert done.code == 0 and "no rollout was learnt from" in done.out
 
@@ -429,7 +446,7 @@ def test_a_run_that_learnt_from_no_rollout_says_so(tmp_path, monkeypatch):
 def test_a_batch_grader_must_return_a_grade_for_each_text(tmp_path, monkeypatch):
     task = tasks.TASKS["countdown"]
     one = lambda texts, examples: [task.grade(texts[0], examples[0])]
-    monkeypatch.setattr(task, "grade_batch", one)
+    change(monkeypatch, grade_batch=one)
     done = run(tmp_path / "run")
     assert done.code == 2 and "1 grades for 8 texts" in done.err
 
@@ -488,7 +505,7 @@ BAD = {                                          # flags -> what the sentence mu
     "--numbers 99": "numbers 99",
     "--empties 3": "--empties",
     "--max_prompt 2": "--max_prompt|over 2 tokens",
-    "--max_number 200": "--model|no token",
+    "--max_number 200": "--model|vocabulary",
     "--mask_id 5000": "--mask_id|5000",
     "--train-file {mess}/none.jsonl": "none.jsonl|no such",
     "--test_file ~/no/such.jsonl": "such.jsonl",
@@ -617,8 +634,8 @@ def test_plain_peft_loads_the_adapter_to_the_same_logits(finished):
     "--unmasking entropy --ratio_per step", "--top_k 60 --top_p 0.9 --follow entropy",
     "--task sudoku --C 20 --m 4 --steps 4 --micro_batch 3",
     "--follow uniform --divide_by_std --block-length=6 --m 4 --eval_every 1 --steps 4,2"])
-def test_variants_run_end_to_end(variant, tmp_path):
-    done = run(tmp_path / "run", "--updates", 2, *LIVELY, *variant.split())
+def test_variants_run_end_to_end(variant, lively, tmp_path):
+    done = run(tmp_path / "run", "--updates", 2, *variant.split())
     assert done.code == 0, done.err
     metrics = read(tmp_path / "run" / "metrics.jsonl")
     assert all(x["grad_norm"] > 0 and x["pairs"] > 0 for x in metrics)
@@ -626,15 +643,13 @@ def test_variants_run_end_to_end(variant, tmp_path):
         assert metrics[-1]["kl"] > 0 and metrics[-1]["ratio_max"] > 1
     if "--eval_every 1" in variant:
         assert "held_out" in metrics[0]
-    if "sudoku" in variant:
-        assert "cell_accuracy" in done.out
 
 
-def test_without_lora_the_whole_model_is_trained_saved_and_used(tmp_path):
-    done = run(tmp_path / "run", "--lora_r", 0, *LIVELY)
+def test_without_lora_the_whole_model_is_trained_saved_and_used(lively, tmp_path):
+    done = run(tmp_path / "run", "--lora_r", 0)
     assert done.code == 0 and not (tmp_path / "run" / "adapter").exists(), done.err
     model = tmp_path / "run" / "model"
-    done = run(tmp_path / "eval", "--updates", 0, "--model", model, *LIVELY)
+    done = run(tmp_path / "eval", "--updates", 0, "--model", model)
     assert done.code == 0, done.err
     trained = read(tmp_path / "run" / "summary.json")
     assert trained["final"] != trained["base"]

@@ -421,7 +421,8 @@ def test_honest_answers_beside_runaways_are_judged(caplog):
 def test_a_warning_cannot_write_escape_sequences_or_forge_a_line(caplog, monkeypatch):
     monkeypatch.setattr(math_task, "judge", lambda questions: dict.fromkeys(questions))
     with caplog.at_level(logging.WARNING, logger="tasks"):
-        got = tasks.grade("math", tagged("9\x1b[2J\n\u202eCORRECT"), {"question": "", "answer": "18"})
+        example = {"question": "", "answer": "18"}
+        got = tasks.grade("math", tagged("9\x1b2J\n\u202eCORRECT"), example)
     assert not got.correct and got.reason == "not judged in time" and got.parsed.isprintable()
     assert caplog.records[0].getMessage().isprintable()
 
