@@ -218,7 +218,10 @@ MASK, EOS = 2, 1
 def build(shape, dtype, device):
     """(model, tokenizer): a Qwen3 of random weights whose tokens all see each other."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
-    numbers = SHAPES[shape] if shape in SHAPES else tuple(map(int, shape.split(",")))
+    numbers = SHAPES.get(shape) or tuple(int(n) for n in shape.split(",") if n.isdigit())
+    if len(numbers) != 6:
+        raise agrpo.UserError(f"--shape {shape} is unknown: choose from {', '.join(SHAPES)}, or give "
+                              "six numbers with commas between them (--help names them)")
     hidden, intermediate, layers, heads, kv_heads, vocabulary = numbers
     config = Qwen3Config(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
@@ -248,14 +251,14 @@ def all_see_all(module, args, kwargs):
 
 
 def the_model(args):
-    """(model, tokenizer, id of [MASK]): of the folder, or random weights of the shape."""
+    """(model, tokenizer, an id for [MASK]): of the folder, or random weights of the shape."""
     dtype = getattr(torch, args.dtype)
     if not args.model:
         return *build(args.shape, dtype, args.device), MASK
     cfg = agrpo.Config(model=args.model, dtype=args.dtype, device=args.device,
                        trust_remote_code=args.trust_remote_code)
     model, tokenizer = agrpo.load_model(cfg)
-    return model, tokenizer, agrpo.find_mask_id(model, tokenizer)
+    return model, tokenizer, MASK                       # to a clock any id is [MASK]
 
 
 # ==============================================================================================
@@ -308,8 +311,13 @@ def policies(args):
 
 
 def bench_update(args):
-    how = agrpo.Decoding(C=args.C, m=args.m, block_length=args.block_length, temperature=0.6,
-                         top_k=args.top_k, top_p=0.99 if args.top_k else 1.0)
+    try:
+        how = agrpo.Decoding(C=args.C, m=args.m, block_length=args.block_length, temperature=0.6,
+                             top_k=args.top_k, top_p=0.99 if args.top_k else 1.0)
+    except ValueError as e:
+        raise agrpo.UserError(str(e)) from e
+    if not 1 <= args.k <= args.m:
+        raise agrpo.UserError(f"--k {args.k}: choose from 1 to --m {args.m}")
     everyone = policies(args)
     plain = everyone["Policy"]
     size = sum(p.numel() for p in plain.model.parameters() if not p.requires_grad)

@@ -124,10 +124,11 @@ class Lab:
 
     def over_seeds(self, function, variants):
         """{name: (flags, *more)} -> {name: [function(config of flags and seed, *more)]}"""
+        # Seed by seed, so that half of it compares all variants too.
         calls = [(self.config(seed=seed, **flags), *more)
-                 for flags, *more in variants.values() for seed in self.seeds]
-        found = iter(self.pieces(function, calls))
-        return {name: [next(found) for _ in self.seeds] for name in variants}
+                 for seed in self.seeds for flags, *more in variants.values()]
+        found = self.pieces(function, calls)
+        return {name: found[i::len(variants)] for i, name in enumerate(variants)}
 
     def say(self, *lines):
         print(*lines, sep="\n", flush=True)

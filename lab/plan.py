@@ -267,10 +267,10 @@ def report(cfg, shape, source):
     verdict = "it fits" if need < 0.95 * have else "TOO LITTLE"
     where = "on the GPU" if gpu else "free, no GPU"
     yield f"memory      {size(need)} at the peak; here: {size(have)} {where}: {verdict}"
-    # Measured: its large pieces are reused badly. A fixed threshold gives each back to the system.
+    # Measured: it reuses large pieces badly. A fixed threshold gives each back to the system.
     if not gpu and max(peak.values()) > 0.4e9:
-        yield ("            (glibc's heap may hold 2 - 3 times that; MALLOC_MMAP_THRESHOLD_=65536 in "
-               "the\n            environment holds it to the sum, at 1.7 times the time)")
+        yield "            (glibc's heap may hold 2 - 3 times that; to hold it to the sum, at 1.7"
+        yield "            times the time, set MALLOC_MMAP_THRESHOLD_=65536 in the environment)"
 
     rows, (write, learn) = cfg.questions * cfg.G, work(cfg, shape, prompt)
     pairs = cfg.mu * rows * min(cfg.k, cfg.m)
