@@ -1074,7 +1074,8 @@ PRESETS = {
     "qwen": dict(
         model="dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1", dtype="bfloat16", C=256, m=64,
         block_length=32, temperature=0.8, top_k=150, top_p=0.99, questions=16, k=8, updates=300,
-        lr=5e-5, micro_batch=8, rollout_batch=32, steps="64", eval_sampled=False),
+        lr=5e-5, micro_batch=8, rollout_batch=32, recompute=True, steps="64",
+        eval_sampled=False),
 }
 CHOICES = dict(preset=("tiny", "llada", "qwen"), unmasking=UNMASKING, follow=FOLLOW,
                ratio_per=("token", "step"), dtype=("float32", "bfloat16", "float16"))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a bare machine to a result. Needs Python 3.10+ and, the first time, a package index (2.5 GB).
 #   a laptop or any 2 cores, no GPU:  bash run.sh countdown                   the shipped tiny model, minutes
-#   one GPU of 80 GB:                 bash run.sh countdown --preset llada    LLaDA-8B-Instruct, hours
+#   one GPU of 24 GB, by plan:        bash run.sh countdown --preset llada    LLaDA-8B-Instruct, days
 # Everything goes into .venv and runs/ beside this file. Further flags pass through: ... --seed 1
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -220,8 +220,8 @@ def build(shape, dtype, device):
     from transformers import Qwen3Config, Qwen3ForCausalLM
     numbers = SHAPES.get(shape) or tuple(int(n) for n in shape.split(",") if n.isdigit())
     if len(numbers) != 6:
-        raise agrpo.UserError(f"--shape {shape} is unknown: choose from {', '.join(SHAPES)}, or give "
-                              "six numbers with commas between them (--help names them)")
+        raise agrpo.UserError(f"--shape {shape}: choose from {', '.join(SHAPES)}, or give six "
+                              "numbers with commas between them, which --help names")
     hidden, intermediate, layers, heads, kv_heads, vocabulary = numbers
     config = Qwen3Config(
         hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
@@ -303,7 +303,11 @@ def policies(args):
     made = {}
     for name, kind in kinds.items():
         shared = {id(p): p for p in model.parameters()}                     # not copied
-        policy = kind(copy.deepcopy(model, shared), tokenizer, mask_id, args.device)
+        try:
+            policy = kind(copy.deepcopy(model, shared), tokenizer, mask_id, args.device)
+        except agrpo.UserError as e:
+            print(f"{name} is left out: {e}")
+            continue
         agrpo.add_adapters(policy, cfg)
         policy.eos_id, policy.fill_ids = -1, {-1}                           # nothing ends early
         made[name] = policy
@@ -312,7 +316,7 @@ def policies(args):
 
 def bench_update(args):
     try:
-        how = agrpo.Decoding(C=args.C, m=args.m, block_length=args.block_length, temperature=0.6,
+        how = agrpo.Decoding(args.C, args.m, args.block_length, temperature=0.6,
                              top_k=args.top_k, top_p=0.99 if args.top_k else 1.0)
     except ValueError as e:
         raise agrpo.UserError(str(e)) from e
