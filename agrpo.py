@@ -1315,8 +1315,10 @@ def save_weights(policy, folder):
 
 def say(text):
     """Print, from the first process, to a terminal that may be gone."""
+    if processes()[0] != 0:
+        return
     try:
-        print(text, flush=True) if processes()[0] == 0 else None
+        print(text, flush=True)
     except OSError:                                             # nobody reads any more: go on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -1533,8 +1535,8 @@ def run(cfg):
                               held_out=test, **cfg.options)
         policy, source = load_policy(cfg), test.source
         header(cfg, policy, data.source, source)
-        test, data = (short_enough(policy, test, cfg, "held-out"),
-                      short_enough(policy, data, cfg, "training"))
+        test = short_enough(policy, test, cfg, "held-out")
+        data = short_enough(policy, data, cfg, "training")
         state = learn(cfg, policy, data, test, stop)
         if state["update"] < cfg.updates:
             say(f"stopped after update {state['update']}, saved in {cfg.out}; the same command "
@@ -1563,6 +1565,7 @@ def learn(cfg, policy, data, test, stop):
                             optimizer=optimizer.state_dict()), file)
             file.write(digest(file.getvalue()))                 # torch.load reads past it
             write(out / "checkpoint.pt", file.getbuffer())
+            write(out / "samples.jsonl", b"".join(map(to_json, state["samples"])))
 
     if state:
         say(f"going on after update {state['update']} of {cfg.updates}")
@@ -1646,7 +1649,6 @@ def finish(cfg, policy, test, state, source):
     if processes()[0] == 0:
         save_weights(policy, weights)
         draw_curve(out / "curve.png", history, evals, f"{cfg.task}, m = {cfg.m}, k = {cfg.k}")
-        write(out / "samples.jsonl", b"".join(map(to_json, state["samples"])))
         write(out / "summary.json", to_json(summary, indent=2))
     if history and not any(x["pairs"] for x in history):
         say("    warning: no rollout was learnt from, every group was dead: other problems?")
