@@ -997,7 +997,7 @@ class Config:
     dtype: str = "float32"             # of the base model; adapters and head are float32
     wandb: str = ""                    # Weights & Biases project to log to, too
     # --- data
-    train_file: str = ""               # JSONL, CSV, parquet, folder in place of the task's data
+    train_file: str = ""               # JSONL, CSV or parquet in place of the task's own data
     test_file: str = ""                # the same, held out; its problems are never trained on
     max_prompt: int = 512              # tokens; longer prompts are left out
     options: dict = field(default_factory=dict)     # the task's own, each a flag
@@ -1179,18 +1179,21 @@ def check(cfg, typed):
 
 
 def find_task(name):
-    """The name of a task in tasks.TASKS. FILE.py is imported: the first one it registers."""
+    """The name of a task in tasks.TASKS. FILE.py is imported: the first one it registers, or
+    the one that FILE.py:NAME names."""
+    file, _, wanted = name.partition(":")
     if name in tasks.TASKS:
         return name
-    if not name.endswith(".py"):
+    if not file.endswith(".py"):
         raise UserError(f"--task {name} is unknown: choose from {', '.join(tasks.TASKS)}, or a "
                         "FILE.py that registers one")
     before = dict(tasks.TASKS)
-    import_file(name, "--task")
+    import_file(file, "--task")
     new = [task for task in tasks.TASKS if tasks.TASKS[task] is not before.get(task)]
-    if not new:
-        raise UserError(f"--task {name} registers no task: set tasks.TASKS[NAME] in it")
-    return new[0]
+    if not new or wanted and wanted not in new:
+        raise UserError(f"--task {name} registers no task of that name (but {new}): set "
+                        "tasks.TASKS[NAME] in it")
+    return wanted or new[0]
 
 
 def import_file(path, flag):
