@@ -219,6 +219,7 @@ OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mu
              ast.Div: operator.truediv}
 
 
+@lru_cache(maxsize=4096)                                 # the rollouts of a problem repeat
 def expression(text):
     """The syntax tree of integers, + - * / and parentheses, or None. Python only parses."""
     for spelling, symbol in SPELLINGS.items():

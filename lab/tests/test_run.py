@@ -183,6 +183,7 @@ def child(argv, log, act, at):
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)        # where the tests run under nohup, too
     torch.set_num_threads(1)
     each_moment(act, at, pytest.MonkeyPatch())
     os._exit(agrpo.main(argv))

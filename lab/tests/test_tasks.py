@@ -37,6 +37,16 @@ RIGHT = {"countdown": "17 * 5 - 18 = 67", "sudoku": SOLUTION, "gsm8k": r"\boxed{
          "commonsense_qa": "B"}
 
 
+REGISTERED = dict(tasks.TASKS)
+
+
+@pytest.fixture(autouse=True)
+def the_tasks_of_these_modules(monkeypatch):
+    """Another test may have loaded lab/math_task.py again, by --task: then `math` is that one's."""
+    for name, task in REGISTERED.items():
+        monkeypatch.setitem(tasks.TASKS, name, task)
+
+
 def tagged(answer):
     return f"<think>thoughts</think><answer>{answer}</answer>"
 
