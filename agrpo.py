@@ -1233,6 +1233,8 @@ def to_json(value, indent=None):
     def finite(x):
         if isinstance(x, dict):
             return {name: finite(v) for name, v in x.items()}
+        if isinstance(x, (list, tuple)):
+            return [finite(v) for v in x]
         return None if isinstance(x, float) and not math.isfinite(x) else x
     return (json.dumps(finite(value), indent=indent) + "\n").encode()
 
@@ -1269,10 +1271,10 @@ def flags(cfg):
     return {**fields, **options}
 
 
-def fingerprint(model):
+def fingerprint(model, adapters=False):
     """The first numbers of the base model's tensors, hashed: another model has another."""
     some = [p.detach().flatten()[:8].double().cpu() for name, p in model.named_parameters()
-            if "lora_" not in name]
+            if adapters or "lora_" not in name]
     return digest(torch.cat(some).numpy().tobytes()).hex()
 
 

@@ -11,7 +11,6 @@ and eval.png (accuracy against steps).
 """
 import argparse
 import contextlib
-import hashlib
 import io
 import json
 import sys
@@ -40,14 +39,6 @@ def parse(argv):
     cfg = agrpo.parse([*rest, "--updates", "0"])
     cfg.out = str(Path(own.out or f"runs/eval-{cfg.task}-{cfg.seed}").expanduser())
     return cfg, own.seeds
-
-
-def fingerprint(model):
-    """The first numbers of every tensor, adapters too, hashed: other weights have another."""
-    digest = hashlib.blake2b(digest_size=8)
-    for p in model.parameters():
-        digest.update(p.detach().flatten()[:8].double().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 # --- Answers, on disk from the moment they are graded -----------------------------------------
@@ -157,7 +148,7 @@ def run(cfg, seeds):
     with agrpo.folder_of_my_own(out):
         data = tasks.load(cfg.task, "test", file=cfg.test_file or None, **cfg.options)
         policy = agrpo.load_policy(cfg)
-        flags = dict(asdict(cfg), weights=fingerprint(policy.model))
+        flags = dict(asdict(cfg), weights=agrpo.fingerprint(policy.model, adapters=True))
         refuse_other_flags(out / "config.json", flags)
         for line in (*policy.notes, f"held out: {data.source} | {out}"):
             agrpo.say(line)
