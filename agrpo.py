@@ -498,21 +498,23 @@ class Policy:
     """
     block_causal = False               # does a token see only its own block and those before?
     note = ""                          # printed where --policy names this class
+    row = None                         # which state each row is in; None: each in its own
 
     def __init__(self, model, tokenizer, mask_id, device="cpu"):
         self.model, self.tokenizer, self.device = model, tokenizer, torch.device(device)
         self.dtype = next(model.parameters()).dtype
         self.mask_id, self.eos_id = mask_id, tokenizer.eos_token_id
-        pad_id = tokenizer.pad_token_id
-        self.pad_id = self.eos_id if pad_id is None else pad_id
-        self.fill_ids = {self.eos_id, self.pad_id}              # fill the text after an answer
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self.pad_id = tokenizer.pad_token_id
+        # What fills the text after an answer; and ids that stand for nothing.
+        self.fill_ids = {self.eos_id, self.pad_id}
+        head, tokens = model.get_output_embeddings(), set(tokenizer.get_vocab().values())
+        self.never_ids = {mask_id} | set(range(len(head.weight))) - tokens
         # Dream predicts position i at i - 1 and takes its attention mask in four dimensions.
         self.is_dream = "dream" in model.config.model_type.lower()
         self.shift = int(self.is_dream)
         self.ignores_mask = False                               # found out by look_at
-        head = model.get_output_embeddings()
-        tokens = set(tokenizer.get_vocab().values())
-        self.never_ids = set(range(len(head.weight))) - tokens | {mask_id}
         # bf16 logits would move a ratio by up to 1.19, and the clip is 0.2 wide. So the head
         # computes in float32, under autocast too. One tied to the embedding gets its own copy.
         for name, p in list(head.named_parameters(recurse=False)):
@@ -522,9 +524,9 @@ class Policy:
         head.register_forward_pre_hook(self._asked_positions_only)
 
     def _asked_positions_only(self, head, args):
-        hidden = args[0]                                                    # (N, L, d)
-        row = torch.arange(len(hidden), device=hidden.device)[:, None]
-        return hidden[row, self.positions].to(head.weight.dtype)            # (N, W, d)
+        hidden = args[0]                                                    # (states, L, d)
+        row = torch.arange(len(hidden), device=hidden.device) if self.row is None else self.row
+        return hidden[row[:, None], self.positions].to(head.weight.dtype)   # (N, W, d)
 
     def __call__(self, ids, mask, positions, block=None):
         """ids, mask (N, L), positions (N, W) -> logits (N, W, V). Sees the whole text."""
@@ -540,10 +542,15 @@ class Policy:
 
     def logits(self, ids, mask, positions):
         """One forward pass of the model as it is."""
+        # Rows in the same state share its pass: the G copies of a question all begin so.
+        states, self.row = torch.cat([ids, mask], dim=1).unique(dim=0, return_inverse=True)
+        ids, mask = states.chunk(2, dim=1)                                  # (states, L)
         self.positions = positions - self.shift
         mask = mask[:, None, None, :].bool() if self.is_dream else mask
         with self.autocast():
-            return self.model(input_ids=ids, attention_mask=mask).logits
+            logits = self.model(input_ids=ids, attention_mask=mask).logits
+        self.row = None
+        return logits
 
     def autocast(self):
         """Where the base has 16 bits, its float32 adapters compute in 16 bits too."""
@@ -555,19 +562,17 @@ class Policy:
         return self.model.disable_adapter()
 
     def encode(self, chats):
-        """Lists of chat messages -> q, q_mask (B, P), left-padded."""
+        """Lists of chat messages -> q, q_mask (B, P), left-padded. Raises UserError."""
         texts = [self.render(chat) for chat in chats]
-        prompts = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        batch = self.tokenizer(texts, add_special_tokens=False, padding=True,
+                               padding_side="left", return_tensors="pt")
         # A word that the tokenizer lacks would make another problem of it than the one graded.
         unknown = self.tokenizer.unk_token_id
-        for text, ids in zip(texts, prompts):
-            if unknown in ids and unknown not in self.fill_ids:
-                raise UserError(f"--model lacks a token for a part of {text[-60:]!r}: "
-                                "choose problems its vocabulary can write, or another model")
-        P = max(map(len, prompts))
-        q = torch.tensor([[self.pad_id] * (P - len(ids)) + ids for ids in prompts])
-        q_mask = torch.tensor([[0] * (P - len(ids)) + [1] * len(ids) for ids in prompts])
-        return q.to(self.device), q_mask.to(self.device)
+        if unknown is not None and unknown not in self.fill_ids:
+            for text in [texts[row] for row in (batch.input_ids == unknown).any(1).nonzero()]:
+                raise UserError(f"--model lacks a token for a part of {text[-60:]!r}: choose "
+                                "problems its vocabulary can write, or another model")
+        return batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
 
     def render(self, chat):
         """Chat messages as text. (`tokenize=True` differs between versions of transformers.)"""
@@ -576,7 +581,7 @@ class Policy:
         options = dict(tokenize=False, add_generation_prompt=True, enable_thinking=False)
         try:
             return self.tokenizer.apply_chat_template(chat, **options)
-        except Exception:
+        except Exception:              # whatever a template raises
             if chat[0]["role"] != "system" or len(chat) < 2:
                 raise
             # A template without a system role: that text goes in front of the question.
@@ -610,13 +615,14 @@ def load_policy(cfg):
     said = [getattr(config, "mask_token_id", None), tokenizer.mask_token_id, added.get("mask"),
             added.get("mdm_mask"), -1]
     mask_id = cfg.mask_id if cfg.mask_id >= 0 else next(i for i in said if i is not None)
-    ids, rows = (mask_id, tokenizer.eos_token_id), model.get_input_embeddings().weight.shape[0]
-    if ids[1] is None or not 0 <= mask_id < rows:
-        raise UserError(f"{name}: [MASK] and EOS are {ids} of {rows} ids; a masked diffusion "
-                        "model has both: give --mask_id N if it does not say which")
+    eos_id, ids = tokenizer.eos_token_id, len(model.get_input_embeddings().weight)
+    if eos_id is None or not 0 <= mask_id < ids:
+        raise UserError(f"{name}: [MASK] and EOS are {mask_id} and {eos_id} of {ids} ids; a "
+                        "masked diffusion model has both: --mask_id N says which")
+    # Full attention in a model that was trained without moves log pi by 0.2 - 0.8 nats a token.
     kind = import_file(cfg.policy, "--policy") if cfg.policy else Policy
-    types = " ".join([cfg.model, config.model_type, *(config.architectures or ())])
-    if re.search(BLOCK_DIFFUSION, types, re.I) and not kind.block_causal:
+    about = " ".join([cfg.model, config.model_type, *(config.architectures or ())])
+    if re.search(BLOCK_DIFFUSION, about, re.I) and not kind.block_causal:
         raise UserError(f"{name} is a block-diffusion model: log pi is wrong unless you add "
                         "--policy lab/policies.py:FrozenBlockCausal, and its --block_length")
     policy = kind(model, tokenizer, mask_id, cfg.device)
@@ -628,7 +634,10 @@ def load_policy(cfg):
 
 
 def load_model(cfg):
-    """(model, tokenizer), every weight read from the files, in train mode without dropout."""
+    """(model, tokenizer), every weight read from the files, in train mode without dropout.
+
+    Raises UserError.
+    """
     import huggingface_hub
     import transformers
     from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
@@ -643,13 +652,17 @@ def load_model(cfg):
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=remote, **where)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=remote, **where)
+        # Rollout and loss must be one function: no dropout.
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)
         own = own_class(config, source, where) if remote else None
-        options = dict(dtype=getattr(torch, cfg.dtype), output_loading_info=True, **where)
+        options = dict(config=config, dtype=getattr(torch, cfg.dtype), output_loading_info=True)
         if own:                        # through the base class: Dream's method loses the report
             load = PreTrainedModel.from_pretrained.__func__
-            model, report = load(own, source, config=config, **options)
+            model, report = load(own, source, **options, **where)
         else:
-            model, report = AutoModelForMaskedLM.from_pretrained(source, **options)
+            model, report = AutoModelForMaskedLM.from_pretrained(source, **options, **where)
         model.to(cfg.device)
     except Exception as e:             # a model's own code, damaged files: they raise anything
         text, hint = str(e), "" if folder else "; check name and network, or give a folder"
@@ -658,8 +671,9 @@ def load_model(cfg):
         elif "Unrecognized configuration class" in text:
             text = "it is no masked language model that transformers knows, as ModernBERT is"
         raise UserError(f"{name} could not be loaded: {first_line(text)}{hint}") from e
+    # What the files lack, transformers would make up.
     lost = sorted(set(report["missing_keys"]) & dict(model.named_parameters()).keys())
-    if lost or model.get_output_embeddings() is None:           # transformers would make it up
+    if lost or model.get_output_embeddings() is None:
         raise UserError(f"{name} lacks {', '.join(lost[:3]) or 'an LM head'}: its files are "
                         "incomplete, or not of a masked language model")
     if torch.cuda.is_available():
@@ -667,15 +681,11 @@ def load_model(cfg):
         # TF32 leaves every 16-bit number as it is, and the float32 head has such inputs.
         torch.backends.cuda.matmul.allow_tf32 = cfg.dtype != "float32"
     model.config.use_cache = False
-    # Some code has gradients, or recomputes activations, in train mode only. But no dropout:
-    # rollout and loss must be one function.
-    for module in model.modules():
-        for thing in (module, getattr(module, "config", None)):
-            for key, value in list(getattr(thing, "__dict__", {}).items()):
-                rate = "dropout" in key or key == "p" and isinstance(thing, torch.nn.Dropout)
-                if rate and isinstance(value, float):
-                    setattr(thing, key, 0.0)
-    return model.train(), tokenizer
+    # Some code has gradients, or recomputes activations, in train mode only.
+    for module in model.train().modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model, tokenizer
 
 
 def local_folder(model):
@@ -700,12 +710,14 @@ def own_class(config, source, where):
     auto_map = getattr(config, "auto_map", None) or {}
     kinds = ("AutoModelForMaskedLM", "AutoModel", "AutoModelForCausalLM")
     found = [auto_map[kind] for kind in kinds if kind in auto_map]
-    if found and int(transformers.__version__.split(".")[0]) >= 5:      # weights random there
+    if not found:
+        return None
+    if int(transformers.__version__.split(".")[0]) >= 5:        # its weights would be random
         raise ImportError("its code is for transformers 4: pip install 'transformers<5'")
-    module = found[0].rpartition(".")[0] if found else None
+    module = found[0].rpartition(".")[0]
     for name in [f"{module}.{kind}" for kind in config.architectures or ()] + found:
         with contextlib.suppress(AttributeError):
-            return found and get_class_from_dynamic_module(name, source, **where)
+            return get_class_from_dynamic_module(name, source, **where)
 
 
 @torch.no_grad()
@@ -713,20 +725,19 @@ def look_at(policy, name):
     """What the model does with padding and later tokens, before an hour is spent. -> a note"""
     q, _ = policy.encode([[dict(role="user", content="1 2 3")]])
     text = torch.cat([q[0, -64:], q.new_full((4,), policy.mask_id)])
-    other = text.clone()
-    other[-1] = policy.eos_id
     P, at = len(text), torch.arange(1, len(text) - 1, device=q.device)[None]
-    # The text; the same padded with itself, backwards; the text with another end.
-    shown = torch.ones_like(torch.cat([text, text]))[None]
-    shown[:, :P] = 0
-    alone = policy.logits(text[None], shown[:, P:], at)
-    padded = policy.logits(torch.cat([text.flip(0), text])[None], shown, at + P)
-    changed = policy.logits(other[None], shown[:, P:], at)
+    seen = torch.ones_like(text)[None]
+    alone = policy.logits(text[None], seen, at)
     if not alone.isfinite().all():
         raise UserError(f"{name} gives logits that are not finite: its weights are damaged")
-    gap, reach = ((x - alone).abs().max() / alone.abs().max() for x in (padded, changed))
-    # Is the gap one of rounding, or that of padding in plain sight?
+    # Once more, padded with itself, backwards. Is the gap one of rounding?
+    longer = torch.cat([text.flip(0), text])[None]
+    padded = policy.logits(longer, torch.cat([0 * seen, seen], dim=1), at + P)
+    gap = (padded - alone).abs().max() / alone.abs().max()
     policy.ignores_mask = not gap < (0.05 if policy.dtype in HALF else 1e-3)
+    # And with another last token.
+    text[-1] = policy.eos_id
+    reach = (policy.logits(text[None], seen, at) - alone).abs().max() / alone.abs().max()
     if reach == 0:
         raise UserError(f"{name} is causal: a later token moves no earlier logit, so it cannot "
                         "denoise; choose a masked diffusion model")
@@ -736,26 +747,17 @@ def look_at(policy, name):
 
 
 def add_adapters(policy, cfg):
-    """LoRA on the blocks' linear layers, not on the head: fresh or from --adapter. -> a note"""
-    from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
+    """LoRA on the blocks' linear layers, not on the head: fresh or from --adapter. -> a note
+
+    Raises UserError.
+    """
+    from peft import LoraConfig, get_peft_model
 
     base, layers = policy.model, block_linears(policy.model)
     if cfg.lora_r == 0:
         base.requires_grad_(True)
     elif cfg.adapter:
-        folder, misfit = Path(cfg.adapter).expanduser(), f"it does not fit --model {cfg.model}"
-        try:
-            there = load_peft_weights(str(folder), device="cpu", local_files_only=True)
-            policy.model = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
-            if there.keys() != get_peft_model_state_dict(policy.model).keys():
-                raise ValueError(misfit)                        # peft would drop what is left
-            if not all(x.isfinite().all() for x in there.values()):
-                raise ValueError("its weights are not finite, its training diverged")
-        except Exception as e:                                  # damaged files raise anything
-            why = misfit if "size mismatch" in str(e) else first_line(e)
-            raise UserError(f"--adapter {cfg.adapter}: {why}; give the adapter/ folder of a "
-                            "run, and the model it was trained on") from e
+        policy.model = saved_adapter(base, cfg)
     else:
         torch.manual_seed(cfg.seed)
         lora = LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=layers)
@@ -778,6 +780,27 @@ def add_adapters(policy, cfg):
     return f"{what}: {trained:,} of {total:,} parameters are trained"
 
 
+def saved_adapter(base, cfg):
+    """The base model with the adapter of --adapter. Raises UserError."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    folder = str(Path(cfg.adapter).expanduser())
+    misfit = f"it does not fit --model {cfg.model}"
+    try:
+        there = load_peft_weights(folder, device="cpu", local_files_only=True)
+        model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+        if there.keys() != get_peft_model_state_dict(model).keys():     # peft drops the rest
+            raise ValueError(misfit)
+        if not all(x.isfinite().all() for x in there.values()):
+            raise ValueError("its weights are not finite, its training diverged")
+        return model
+    except Exception as e:                                      # damaged files raise anything
+        why = misfit if "size mismatch" in str(e) else first_line(e)
+        raise UserError(f"--adapter {cfg.adapter}: {why}; give the adapter/ folder of a run, "
+                        "and the model it was trained on") from e
+
+
 def block_linears(model):
     """Names of the linear layers in the blocks: a path with a number in it. The head has none.
 
@@ -791,6 +814,7 @@ def block_linears(model):
 
 
 def first_line(error):
+    """What an exception says, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 
@@ -922,20 +946,18 @@ def check_ratio(policy, ratio):
 
 def statistics(policy, traj, grades, A, seen, cfg):
     """The numbers of the log: means over the rows, tokens and pairs of all processes."""
-    drawn = traj.step_of < cfg.m
+    drawn, ratio = traj.step_of < cfg.m, seen.ratio
     late = drawn & (traj.step_of >= cfg.m - max(1, cfg.m // 4))
     filling = torch.isin(traj.o, torch.tensor(sorted(policy.fill_ids), device=traj.o.device))
-    dead = (A.view(-1, cfg.G) == 0).all(dim=1)
-    B, ratio, tokens = len(A), seen.ratio, seen.ratio.numel()
-    sums = dict(                                                # a sum, and over how many
-        reward=(sum(g.reward for g in grades), B), correct=(sum(g.correct for g in grades), B),
-        format=(sum(g.format for g in grades), B), dead_groups=(dead.sum(), len(dead)),
-        length=((~filling).sum(), B), entropy=(traj.entropy[drawn].sum(), drawn.sum()),
-        late_eos=((filling & late).sum(), late.sum()), kl=(seen.kl.sum(), seen.kl.numel()),
-        clip_low=(((ratio < 1 - cfg.eps) & (seen.A < 0)).sum(), tokens),
-        clip_high=(((ratio > 1 + cfg.eps) & (seen.A > 0)).sum(), tokens))
-    sums = {name: (float(total), int(n)) for name, (total, n) in sums.items()}
-    extremes = (ratio.min().item(), ratio.max().item()) if tokens else (1.0, 1.0)
+    each = dict(                                                # values, to be averaged
+        reward=[g.reward for g in grades], correct=[g.correct for g in grades],
+        format=[g.format for g in grades], length=(~filling).sum(dim=1),
+        dead_groups=(A.view(-1, cfg.G) == 0).all(dim=1), entropy=traj.entropy[drawn],
+        late_eos=filling[late], kl=seen.kl, clip_low=(ratio < 1 - cfg.eps) & (seen.A < 0),
+        clip_high=(ratio > 1 + cfg.eps) & (seen.A > 0))
+    each = {name: torch.as_tensor(x).double() for name, x in each.items()}
+    extremes = (ratio.min().item(), ratio.max().item()) if len(ratio) else (1.0, 1.0)
+    sums = {name: (x.sum().item(), x.numel()) for name, x in each.items()}
     parts, low, high, pairs, forwards = zip(
         *gather((sums, *extremes, len(ratio), seen.forwards)))
     means = {}
@@ -1035,7 +1057,7 @@ class Config:
     eval_C: int = 0                    # completion length [C]
     eval_block: int = 0                # block length [block_length, or eval_C]
     eval_sampled: bool = True          # as the rollouts sample too, not only greedy
-    steps: str = ""                    # numbers of steps to evaluate at: 12,6,2 [all that fit]
+    steps: str = ""                    # of the greedy evaluations, as 12,6,2 [all that fit]
     save_every: int = 10               # updates between checkpoints
 
     @property
@@ -1045,27 +1067,17 @@ class Config:
                         self.top_k, self.top_p)
 
     def cells(self):
-        """(greedy, Decoding) of each evaluation: as the rollouts sample, and greedy max_prob.
-        (That is LLaDA's low-confidence decoding: its confidence is the likeliest token's.)"""
-        def greedy(m):
-            return Decoding(self.eval_C, m, self.eval_block, "max_prob", temperature=0.0)
-        steps = [int(m) for m in self.steps.split(",")]
-        some = {*steps, self.m} & {*step_counts(self.C, self.block_length)}
-        sampled = [(False, replace(self.how, m=m)) for m in sorted(some, reverse=True)]
-        return [(True, greedy(m)) for m in steps] + sampled * self.eval_sampled
-
-    def headline(self):
-        """The evaluation that a run is known by."""
-        return (False, self.how) if self.eval_sampled else self.cells()[0]
+        """The evaluations, first the one that a run is known by: as the rollouts sample, then
+        greedy max_prob, which is LLaDA's low-confidence decoding, at each of --steps."""
+        greedy = [Decoding(self.eval_C, int(m), self.eval_block, "max_prob", temperature=0.0)
+                  for m in self.steps.split(",")]
+        return [self.how] * self.eval_sampled + greedy
 
 
 # tiny: measured here, see README. llada: the paper's settings, but its learning rate came with
 # 24 optimizer steps an update, so ours is to be swept. qwen: a guess for a consumer GPU.
 PRESETS = {
     "tiny": dict(model="lab/tiny"),
-    "tiny/countdown": dict(C=12, m=2, k=1, lr=1.5e-3, updates=500, max_number=16,
-                           division=False),
-    "tiny/sudoku": dict(C=20, m=2, k=1, empties=10, unmasking="max_prob"),
     "llada": dict(
         model="GSAI-ML/LLaDA-8B-Instruct", dtype="bfloat16", recompute=True, C=384, m=128,
         block_length=12, temperature=0.6, top_k=150, top_p=0.99, questions=16, k=24,
@@ -1077,37 +1089,43 @@ PRESETS = {
         lr=5e-5, micro_batch=8, rollout_batch=32, recompute=True, steps="64",
         eval_sampled=False),
 }
-CHOICES = dict(preset=("tiny", "llada", "qwen"), unmasking=UNMASKING, follow=FOLLOW,
+TINY = {
+    "countdown": dict(C=12, m=2, k=1, lr=1.5e-3, updates=500, max_number=16, division=False),
+    "sudoku": dict(C=20, m=2, k=1, empties=10, unmasking="max_prob"),
+}
+CHOICES = dict(preset=(*PRESETS,), unmasking=UNMASKING, follow=FOLLOW,
                ratio_per=("token", "step"), dtype=("float32", "bfloat16", "float16"))
 AT_LEAST = dict(seed=0, questions=1, G=2, k=1, mu=1, beta=0, updates=0, weight_decay=0,
                 lora_r=0, lora_alpha=1, micro_batch=1, rollout_batch=1, eval_n=1, eval_every=1,
                 save_every=1, max_prompt=1, temperature=0)
+ABOVE_0 = ("lr", "eps", "max_grad_norm")
 
 
 def parse(argv=None):
     """Flags -> Config: what was typed, over the preset's values, over Config's defaults.
 
     Every field is a flag, the comment behind it its help; so is every option of the task.
+    Raises UserError.
     """
+    parser = Parser(allow_abbrev=False, add_help=False, usage="agrpo.py [--flag VALUE ...]")
     comments = dict(re.findall(r"^    (\w+): .*# (.+)$", inspect.getsource(Config), re.M))
-    common = Parser(add_help=False, allow_abbrev=False)
     for f in fields(Config):
         if f.name != "options":
-            add_flag(common, f.name, f.default, comments[f.name])
-    task = find_task(vars(common.parse_known_args(argv)[0]).get("task", Config.task))
-    parser = Parser(parents=[common], allow_abbrev=False, usage="agrpo.py [--flag VALUE ...]")
+            add_flag(parser, f.name, f.default, comments[f.name])
+    # Which task, decides what further flags there are.
+    task = find_task(vars(parser.parse_known_args(argv)[0]).get("task", Config.task))
     for name, default in tasks.TASKS[task].options.items():
         add_flag(parser, name, default, f"an option of {task}")
+    parser.add_argument("-h", "--help", action="help")
     typed = dict(vars(parser.parse_args(argv)), task=task)
 
     # Naming a preset's model asks for its settings.
-    model = typed.get("model")
-    named = [p for p, values in PRESETS.items() if model and model == values.get("model")]
-    preset = typed.setdefault("preset", named[0] if named else "tiny")
-    if preset == "tiny" and not model and f"tiny/{task}" not in PRESETS:
+    of_model = {values["model"]: preset for preset, values in PRESETS.items()}
+    preset = typed.setdefault("preset", of_model.get(typed.get("model"), "tiny"))
+    if preset == "tiny" and "model" not in typed and task not in TINY:
         raise UserError(f"--task {task} needs a model that reads its problems: add --preset "
                         "llada, --preset qwen or --model")
-    values = {**PRESETS[preset], **PRESETS.get(f"{preset}/{task}", {}), **typed}
+    values = {**PRESETS[preset], **(TINY.get(task, {}) if preset == "tiny" else {}), **typed}
     options = {name: values.pop(name) for name in tasks.TASKS[task].options if name in values}
     cfg = Config(**values, options=options)
     cfg.block_length = cfg.block_length or cfg.C
@@ -1122,7 +1140,7 @@ def parse(argv=None):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(f"{message} (python agrpo.py --help lists the flags)")
+        raise UserError(f"{message} (--help lists the flags)")
 
 
 def boolean(text):
@@ -1141,46 +1159,47 @@ def add_flag(parser, name, default, help):
 
 
 def check(cfg, typed):
-    """Refuse what cannot work, in a sentence that says what would."""
+    """Refuse what cannot work, in a sentence that says what would. Raises UserError."""
     value, gpus = asdict(cfg), torch.cuda.device_count()
     gpu = re.fullmatch(r"cuda:?(\d*)", cfg.device)
+    blocks = [b for b in range(1, cfg.eval_C + 1) if cfg.eval_C % b == 0]
+    fitting = step_counts(cfg.eval_C, cfg.eval_block)
+    listed = re.fullmatch(r"\d+(,\d+)*", cfg.steps)
+    unfit = [m for m in cfg.steps.split(",") if listed and int(m) not in fitting]
     rules = [(typed[name] == "", f"--{name} is empty: leave it out, or give a value")
              for name in typed]
     rules += [(not least <= value[name] < math.inf, f"--{name} {value[name]} is below {least}")
               for name, least in AT_LEAST.items()]
     rules += [(not 0 < value[name] < math.inf, f"--{name} {value[name]} must be above 0")
-              for name in ("lr", "eps", "max_grad_norm")]
+              for name in ABOVE_0]
+    try:
+        cfg.how
+    except ValueError as e:
+        rules.append((True, str(e)))
     rules += [
         (cfg.seed >= 2 ** 32, f"--seed {cfg.seed} is too large: use one below 2 ** 32"),
         (cfg.device != "cpu" and not (gpu and int(gpu[1] or 0) < gpus),
          f"--device {cfg.device} is not here (torch sees {gpus} GPUs): choose cpu or cuda:N"),
-        (not re.fullmatch(r"\d+(,\d+)*", cfg.steps),
-         f"--steps {cfg.steps} must be numbers with commas between, as in 12,6,3"),
         (cfg.updates > 0 and cfg.temperature == 0,
          "--temperature 0 is greedy, all rollouts of a group would be equal: train at 1.0"),
         (cfg.k > cfg.m, f"--k {cfg.k} is more than the --m {cfg.m} steps of a rollout"),
         (cfg.beta > 0 and not cfg.lora_r, "--beta needs adapters to switch off: --lora_r 32"),
         (cfg.adapter and not cfg.lora_r, "--adapter needs --lora_r above 0"),
         (not cfg.lora_r and cfg.dtype != "float32",
-         f"--lora_r 0: small steps of all weights vanish in {cfg.dtype}; use --dtype float32")]
-    broken = [sentence for is_broken, sentence in rules if is_broken]
-    renamed = {}
-    try:
-        cfg.how
-        renamed = {"--m ": "--steps ", "--C ": "--eval_C ", "--block_length ": "--eval_block "}
-        broken or cfg.cells()
-    except ValueError as e:
-        sentence = str(e)
-        for name, flag in renamed.items():                      # what was typed for evaluations
-            sentence = sentence.replace(name, flag)
-        broken.append(sentence)
-    if broken:
-        raise UserError(broken[0])
+         f"--lora_r 0: small steps of all weights vanish in {cfg.dtype}; use --dtype float32"),
+        (not listed, f"--steps {cfg.steps} must be numbers with commas between, as in 12,6,3"),
+        (cfg.eval_block not in blocks, f"--eval_block {cfg.eval_block} does not divide "
+                                       f"--eval_C {cfg.eval_C}: choose {blocks}"),
+        (unfit, f"--steps {','.join(unfit)} does not fit --eval_C {cfg.eval_C} and "
+                f"--eval_block {cfg.eval_block}: choose from {fitting}")]
+    for broken, sentence in rules:
+        if broken:
+            raise UserError(sentence)
 
 
 def find_task(name):
     """The name of a task in tasks.TASKS. FILE.py is imported: the first one it registers, or
-    the one that FILE.py:NAME names."""
+    the one that FILE.py:NAME names. Raises UserError."""
     file, _, wanted = name.partition(":")
     if name in tasks.TASKS:
         return name
@@ -1208,7 +1227,7 @@ def import_file(path, flag):
     try:
         spec.loader.exec_module(module)
         return getattr(module, name) if name else module
-    except Exception as e:
+    except Exception as e:             # it is the user's code
         raise UserError(f"{flag} {path} fails: {type(e).__name__}: {first_line(e)}") from e
 
 
@@ -1278,8 +1297,22 @@ def fingerprint(model, adapters=False):
     return digest(torch.cat(some).numpy().tobytes()).hex()
 
 
+def save_checkpoint(out, state, cfg, trained, optimizer):
+    """All that the same command needs to go on, to the same numbers."""
+    if processes()[0] == 0:
+        file = io.BytesIO()
+        torch.save(dict(state=state, config=flags(cfg), trained=trained,
+                        optimizer=optimizer.state_dict()), file)
+        file.write(digest(file.getvalue()))                     # torch.load reads past it
+        write(out / "checkpoint.pt", file.getbuffer())
+        write(out / "samples.jsonl", b"".join(map(to_json, state["samples"])))
+
+
 def load_checkpoint(path, cfg, base, trained, optimizer):
-    """Put the last checkpoint back. Returns its state, or None if there is none yet."""
+    """Put the last checkpoint back. Returns its state, or None if there is none yet.
+
+    Raises UserError if it is damaged, or of other flags or another base model.
+    """
     if not path.exists():
         return None
     try:
@@ -1334,22 +1367,6 @@ def cut(text, width=100):
     return text if len(text) <= width else text[:half] + " .. " + text[-half:]
 
 
-def header(cfg, policy, *sources):
-    """Versions, device, what differs from the defaults, and the counts that follow."""
-    plain, cpu = asdict(Config()), torch.device(cfg.device).type == "cpu"
-    where = f"{torch.get_num_threads()} threads"
-    where = where if cpu else torch.cuda.get_device_name(cfg.device)
-    say(f"AGRPO | {', '.join(f'{name} {v}' for name, v in versions().items())} | {cfg.device}, "
-        f"{where}, {processes()[1]} process(es) | seed {cfg.seed} | {cfg.out}")
-    changed = [f"{name} {v}" for name, v in flags(cfg).items() if v != plain.get(name, "")]
-    for i in range(0, len(changed), 7):
-        say("    " + ", ".join(changed[i:i + 7]))
-    say("\n".join(policy.notes))
-    say(f"{cfg.questions} questions x G {cfg.G} = {cfg.questions * cfg.G} rollouts an update, "
-        f"{cfg.how.W} tokens a step; {cfg.m} forwards write one, k = {cfg.k} learn from it")
-    say(f"training: {sources[0]}\nheld out: {sources[1]}")
-
-
 def versions():
     import peft
     import transformers
@@ -1357,15 +1374,20 @@ def versions():
     return {name: module.__version__ for name, module in modules.items()}
 
 
-def measure(policy, data, cfg, cell):
-    """One row of the table of evaluations: accuracy, its interval, means of other metrics."""
-    greedy, how = cell
-    grades = grade_held_out(policy, data, cfg, how, cfg.eval_n)
-    n, right = len(grades), sum(g.correct for g in grades)
-    low, high = wilson(right, n)
-    more = {name: sum(g.metrics[name] for g in grades) / n for name in grades[0].metrics}
-    return dict(m=how.m, greedy=greedy, n=n, accuracy=right / n, low=low, high=high,
-                reward=sum(g.reward for g in grades) / n, **more)
+def header(cfg, policy, training, held_out):
+    """Versions, device, what differs from the defaults, and the counts that follow."""
+    on_cpu = torch.device(cfg.device).type == "cpu"
+    where = f"{torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name()
+    say(f"AGRPO | {', '.join(f'{name} {v}' for name, v in versions().items())} | {cfg.device}, "
+        f"{where}, {processes()[1]} process(es) | seed {cfg.seed} | {cfg.out}")
+    plain = asdict(Config())
+    changed = [f"{name} {v}" for name, v in flags(cfg).items() if v != plain.get(name, "")]
+    for i in range(0, len(changed), 7):
+        say("    " + ", ".join(changed[i:i + 7]))
+    say("\n".join(policy.notes))
+    say(f"{cfg.questions} questions x G {cfg.G} = {cfg.questions * cfg.G} rollouts an update, "
+        f"{cfg.how.W} tokens a step; {cfg.m} forwards write one, k = {cfg.k} learn from it")
+    say(f"training: {training}\nheld out: {held_out}")
 
 
 def wilson(correct, n, z=1.96):
@@ -1374,6 +1396,16 @@ def wilson(correct, n, z=1.96):
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
     middle = (p + z * z / (2 * n)) / d
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def measure(policy, data, cfg, how):
+    """One row of the table of evaluations: accuracy, its interval, means of other metrics."""
+    grades = grade_held_out(policy, data, cfg, how, cfg.eval_n)
+    n, right = len(grades), sum(g.correct for g in grades)
+    low, high = wilson(right, n)
+    more = {name: sum(g.metrics[name] for g in grades) / n for name in grades[0].metrics}
+    return dict(m=how.m, greedy=how.temperature == 0, n=n, accuracy=right / n, low=low,
+                high=high, reward=sum(g.reward for g in grades) / n, **more)
 
 
 def table_row(*found):
@@ -1387,23 +1419,27 @@ def table_row(*found):
     return text
 
 
+def table(policy, data, cfg, state, who):
+    """Fill state[who], who "base" or "final", with a row for each evaluation; print them."""
+    say("\n steps sampling   base [95 % interval]" + "     trained" * (who == "final"))
+    for i, how in enumerate(cfg.cells()):
+        if i == len(state[who]):
+            state[who].append(measure(policy, data, cfg, how))
+        say(table_row(state["base"][i], *state["final"][i:i + 1]))
+
+
 COLUMNS = dict(update=9, reward=8, right=7, dead=6, H=6, ratio=12, clip=9, norm=8, len=5,
                roll=8, loss=8, memory=8, left=8)
 
 
-def console(now, sample, state, cfg, left):
-    """A line per update, or per tenth one in a run of hundreds; now and then a sample."""
-    every = max(1, cfg.updates // 50)
-    if now["update"] % every and state["lines"]:
-        return
-    if state["lines"] % 10 == 0:
-        state["samples"].append(dict(update=now["update"], **sample))
+def console(now, sample, cfg, left):
+    """A line of the log, after the names of its columns and a sample where there is one."""
+    if sample:
         for name, key in (("prompt", "prompt"), ("half-way", "half"), ("answer", "text")):
             say(f"    {name:10s} {cut(sample[key])}")
         verdict = f"{cut(sample['reason'], 40)}, reward {sample['reward']:.2f}"
         say(f"    {'checker':10s} read {cut(sample['parsed'], 40)!r}: {verdict}")
         say("".join(f"{name:>{width}}" for name, width in COLUMNS.items()))
-    state["lines"] += 1
     values = [f"{now['update']}/{cfg.updates}", f"{now['reward']:.2f}", f"{now['correct']:.0%}",
               f"{now['dead_groups']:.0%}", f"{now['entropy']:.2f}",
               f"{now['ratio_min']:.3g}-{now['ratio_max']:.3g}",
@@ -1435,6 +1471,7 @@ def warnings(now, past):
 
 
 def draw_curve(path, history, evals, title):
+    """Accuracy against updates: of the training rollouts, and held out with its interval."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -1511,8 +1548,8 @@ def short_enough(policy, data, cfg, split):
     kept = [example for example, n in zip(some, length) if n <= cfg.max_prompt]
     if len(kept) == len(some):
         return data
-    left_out = len(some) - len(kept)
-    what = f"{left_out} of {len(some)} {split} prompts have over {cfg.max_prompt} tokens"
+    what = (f"{len(some) - len(kept)} of {len(some)} {split} prompts have over "
+            f"{cfg.max_prompt} tokens")
     if generated or not kept:
         raise UserError(f"{what}, up to {max(length)}: raise --max_prompt")
     say(f"{what}: left out")
@@ -1530,10 +1567,8 @@ def peak_memory(device):
 def run(cfg):
     """Train, or go on where the folder's checkpoint stands, to the same numbers -> exit code"""
     join_processes(cfg)
-    with contextlib.ExitStack() as stack:
-        if processes()[0] == 0:
-            stack.enter_context(folder_of_my_own(Path(cfg.out)))
-        stop = stack.enter_context(Stop())
+    mine = folder_of_my_own(Path(cfg.out)) if processes()[0] == 0 else contextlib.nullcontext()
+    with mine, Stop() as stop:
         test = data = tasks.load(cfg.task, "test", file=cfg.test_file or None, **cfg.options)
         if cfg.updates:
             data = tasks.load(cfg.task, "train", seed=cfg.seed, file=cfg.train_file or None,
@@ -1543,113 +1578,102 @@ def run(cfg):
         test = short_enough(policy, test, cfg, "held-out")
         data = short_enough(policy, data, cfg, "training")
         state = learn(cfg, policy, data, test, stop)
-        if state["update"] < cfg.updates:
-            say(f"stopped after update {state['update']}, saved in {cfg.out}; the same command "
-                "goes on")
-            return 130
-        return finish(cfg, policy, test, state, source)
+        if state["update"] == cfg.updates:
+            finish(cfg, policy, state, source)
+            return 0
+        say(f"stopped after update {state['update']}, saved in {cfg.out}; the same command "
+            "goes on")
+        return 130
 
 
 def learn(cfg, policy, data, test, stop):
-    """From the checkpoint, or from the base model and its table, to the last update -> state"""
-    out, first_process, began = Path(cfg.out), processes()[0] == 0, time.time()
+    """From the checkpoint, or from the base model and its table, to the last one -> state
+
+    Raises UserError.
+    """
+    out, first_process = Path(cfg.out), processes()[0] == 0
     trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-    params, base = list(trained.values()), fingerprint(policy.model)
-    must_agree(dict(flags(cfg), device="", model=base))
+    params, base_model = list(trained.values()), fingerprint(policy.model)
+    must_agree(dict(flags(cfg), device="", model=base_model))
     optimizer = torch.optim.AdamW(params, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
-    state = load_checkpoint(out / "checkpoint.pt", cfg, base, trained, optimizer)
+    state = load_checkpoint(out / "checkpoint.pt", cfg, base_model, trained, optimizer)
     must_agree(dict(out=state and state["update"]))
-    before = state["seconds"] if state else 0.0
-
-    def save():
-        state["seconds"] = before + time.time() - began
-        state["memory_bytes"] = max(state["memory_bytes"], peak_memory(cfg.device))
-        if first_process:
-            file = io.BytesIO()
-            torch.save(dict(state=state, config=flags(cfg), trained=trained,
-                            optimizer=optimizer.state_dict()), file)
-            file.write(digest(file.getvalue()))                 # torch.load reads past it
-            write(out / "checkpoint.pt", file.getbuffer())
-            write(out / "samples.jsonl", b"".join(map(to_json, state["samples"])))
-
+    clock = time.time()
     if state:
         say(f"going on after update {state['update']} of {cfg.updates}")
     else:
-        state = dict(update=0, seconds=0.0, memory_bytes=0, base_model=base, base=[], evals=[],
-                     history=[], samples=[], lines=0, warned={})
-        say(" steps sampling   base [95 % interval]")
-        for cell in cfg.cells():
-            state["base"].append(measure(policy, test, cfg, cell))
-            say(table_row(state["base"][-1]))
-        state["evals"].append(dict(update=0, **headline(state["base"], cfg)))
-        save()
+        state = dict(update=0, seconds=0.0, base_model=base_model, base=[], final=[], evals=[],
+                     history=[], samples=[])
+        table(policy, test, cfg, state, "base")
+        state["evals"].append(dict(update=0, **state["base"][0]))
+        state["seconds"] += time.time() - clock
+        save_checkpoint(out, state, cfg, trained, optimizer)
+    first, clock, history = state["update"], time.time(), state["history"]
+    began, spent = clock, state["seconds"]
     if first_process:
         write(out / "config.json", to_json(dict(asdict(cfg), versions=versions()), indent=2))
-        write(out / "metrics.jsonl", b"".join(map(to_json, state["history"])))
+        write(out / "metrics.jsonl", b"".join(map(to_json, history)))
     if first_process and cfg.wandb:
         import wandb
         wandb.init(project=cfg.wandb, config=asdict(cfg), dir=cfg.out)
 
-    first, loop_began, history = state["update"], time.time(), state["history"]
+    every = max(1, cfg.updates // 50)                           # lines that fit a screen or two
     for now in train(policy, data, cfg, params, optimizer, first):
         sample, update = now.pop("sample"), now["update"]
         now["memory_bytes"] = peak_memory(cfg.device)
-        left = (time.time() - loop_began) / (update - first) * (cfg.updates - update)
-        console(now, sample, state, cfg, left)
-        for kind, sentence in warnings(now, history):
-            if update - state["warned"].get(kind, -20) >= 20:
-                state["warned"][kind] = update
-                say(f"    warning: {sentence}")
+        if update == 1 or update % every == 0:
+            shown = update == 1 or update % (10 * every) == 0
+            state["samples"] += [dict(update=update, **sample)] * shown
+            left = (time.time() - began) / (update - first) * (cfg.updates - update)
+            console(now, sample if shown else None, cfg, left)
+        # A warning that was given in the last 20 updates is not given again.
+        signs = dict(warnings(now, history))
+        now["warnings"] = list(signs)
+        for kind in set(signs) - {kind for x in history[-20:] for kind in x["warnings"]}:
+            say(f"    warning: {signs[kind]}")
         if update % cfg.eval_every == 0 and update < cfg.updates:
-            found = measure(policy, test, cfg, cfg.headline())
+            found = measure(policy, test, cfg, cfg.cells()[0])
             state["evals"].append(dict(update=update, **found))
             now["held_out"] = found["accuracy"]
             say(f"    held-out{table_row(found)}   n {found['n']}")
-        state["update"] = update
         history.append(now)
-        broken = [not math.isfinite(x["grad_norm"]) for x in history[-3:]]
-        diverged = len(broken) == 3 and all(broken)
-        stopping = any(gather(stop.asked))                      # Ctrl-C for one is for all
+        state.update(update=update, seconds=spent + time.time() - began)
         if first_process:
             with open(out / "metrics.jsonl", "ab") as f:
                 f.write(to_json(now))
-        if first_process and cfg.wandb:
-            wandb.log(now, step=update)
-        if update % cfg.save_every == 0 or update == cfg.updates or stopping or diverged:
-            save()
-        if diverged:
+            if cfg.wandb:
+                wandb.log(now, step=update)
+        broken = [not math.isfinite(x["grad_norm"]) for x in history[-3:]]
+        stopping = any(gather(stop.asked))                      # Ctrl-C for one is for all
+        if update % cfg.save_every == 0 or update == cfg.updates or stopping:
+            save_checkpoint(out, state, cfg, trained, optimizer)
+        if broken == [True] * 3:
             raise UserError("three gradients in a row were not finite: start again with a "
                             f"lower --lr, another --out ({out} has the weights before)")
         if stopping:
             break
-    state["seconds"] = before + time.time() - began
+    if state["update"] == cfg.updates:
+        state["final"] = state["final"] if cfg.updates else state["base"]
+        table(policy, test, cfg, state, "final")
+        save_checkpoint(out, state, cfg, trained, optimizer)
     return state
 
 
-def headline(rows, cfg):
-    greedy, how = cfg.headline()
-    return next(row for row in rows if (row["greedy"], row["m"]) == (greedy, how.m))
-
-
-def finish(cfg, policy, test, state, source):
-    """The table base beside trained, the weights, the curve and, last, summary.json."""
-    say("\n steps sampling   base [95 % interval]     trained")
-    final, history, out = [], state["history"], Path(cfg.out)
-    for row, cell in zip(state["base"], cfg.cells()):
-        final.append(measure(policy, test, cfg, cell) if cfg.updates else row)
-        say(table_row(row, final[-1]))
-    base, last = headline(state["base"], cfg), headline(final, cfg)
+def finish(cfg, policy, state, source):
+    """The weights, the curve, summary.json, and what they say."""
+    out, history = Path(cfg.out), state["history"]
+    base, last = state["base"][0], state["final"][0]            # what the run is known by
     evals = state["evals"] + [dict(update=cfg.updates, **last)] * (cfg.updates > 0)
     best = max(evals, key=lambda e: e["accuracy"])
     roll, loss = (sum(x[name] for x in history) for name in ("rollout_seconds", "loss_seconds"))
+    peak = max([peak_memory(cfg.device)] + [x["memory_bytes"] for x in history])
     summary = dict(
         task=cfg.task, model=cfg.model, seed=cfg.seed, base_accuracy=base["accuracy"],
         final_accuracy=last["accuracy"], best_accuracy=best["accuracy"],
         best_update=best["update"], eval_n=last["n"], test_data=source, updates=state["update"],
         skipped_updates=sum(not math.isfinite(x["grad_norm"]) for x in history),
         seconds=state["seconds"], rollout_seconds=roll, loss_seconds=loss,
-        peak_memory_bytes=max(state["memory_bytes"], peak_memory(cfg.device)),
-        base=state["base"], final=final, evals=evals)
+        peak_memory_bytes=peak, base=state["base"], final=state["final"], evals=evals)
     weights = out / ("adapter" if cfg.lora_r else "model")
     if processes()[0] == 0:
         save_weights(policy, weights)
@@ -1659,12 +1683,11 @@ def finish(cfg, policy, test, state, source):
         say("    warning: no rollout was learnt from, every group was dead: other problems?")
     say(f"best held-out {best['accuracy']:.1%} (update {best['update']}), last "
         f"{last['accuracy']:.1%}; {state['seconds']:.0f} s, of these rollouts {roll:.0f} and "
-        f"learning {loss:.0f}; peak {summary['peak_memory_bytes'] / 2**20:.0f} MiB")
+        f"learning {loss:.0f}; peak {peak / 2**20:.0f} MiB")
     say(f"written to {out}: metrics.jsonl config.json samples.jsonl summary.json curve.png "
         f"{weights.name}/")
     say(f"held-out accuracy {base['accuracy']:.1%} -> {last['accuracy']:.1%} (m = {last['m']}, "
         f"n = {last['n']})")
-    return 0
 
 
 def in_one_sentence(program):
@@ -1683,8 +1706,9 @@ def in_one_sentence(program):
     except BrokenPipeError:
         return 141
     except OSError as e:
-        file = e.filename or "the output"
-        sentence = f"cannot write {file} ({e.strerror or e}): make room; {goes_on}"
+        file, gone = e.filename or "the output", isinstance(e, FileNotFoundError)
+        advice = "its folder was deleted, start again" if gone else f"make room; {goes_on}"
+        sentence = f"cannot write {file} ({e.strerror or e}): {advice}"
     except RuntimeError as e:
         lost = re.search("closed by peer|reset by peer|timed? ?out|gloo|nccl", str(e), re.I)
         if not (lost and dist.is_initialized()):

@@ -718,10 +718,32 @@ def test_the_numbers_of_the_log_by_hand():
 
 
 def test_evaluation_is_greedy_max_prob_and_as_the_rollouts_sample():
-    cells = CFG.cells()
-    assert {(greedy, how.temperature, how.unmasking) for greedy, how in cells} == \
-        {(True, 0.0, "max_prob"), (False, 1.0, "random")}
-    assert CFG.headline() == (False, CFG.how) and [how.m for greedy, how in cells if greedy] == [12, 6, 4, 3, 2, 1]
+    first, *greedy = CFG.cells()
+    assert first == CFG.how and [how.m for how in greedy] == [12, 6, 4, 3, 2, 1]
+    assert {(how.temperature, how.unmasking) for how in greedy} == {(0.0, "max_prob")}
+
+
+def test_rows_in_the_same_state_share_one_forward_pass(tiny, monkeypatch):
+    """Same logits and gradient as one by one; the model sees each state once."""
+    q, q_mask = tiny.encode([[dict(role="user", content=f"Numbers: {n} 2 3")] for n in (1, 4)])
+    ids, mask = q[[0, 1, 0, 0]], q_mask[[0, 1, 0, 0]]
+    at = torch.tensor([[0, 3], [2, 1], [4, 3], [0, 3]])
+    weights = [p for p in tiny.model.parameters() if p.requires_grad]
+
+    def logits_and_gradient(*batches):
+        parts = [tiny(*(x[batch] for x in (ids, mask, at))) for batch in batches]
+        (torch.cat(parts).square() * torch.arange(1, 5)[:, None, None]).mean().backward()
+        grads = torch.cat([p.grad.flatten() for p in weights])
+        for p in weights:
+            p.grad = None
+        return torch.cat(parts), grads
+
+    seen, forward = [], tiny.model.forward
+    monkeypatch.setattr(tiny.model, "forward", lambda **kw: seen.append(len(kw["input_ids"])) or forward(**kw))
+    together, one_by_one = logits_and_gradient(slice(4)), logits_and_gradient([0], [1], [2], [3])
+    assert seen == [2, 1, 1, 1, 1]
+    for x, y in zip(together, one_by_one):
+        assert torch.allclose(x, y, atol=1e-5)
 
 
 def test_every_epoch_asks_every_question_once_in_a_new_order():

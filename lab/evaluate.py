@@ -14,7 +14,7 @@ import contextlib
 import io
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -95,6 +95,14 @@ def grade_missing(policy, data, cfg, how, cell, kept, path):
 
 # --- The table --------------------------------------------------------------------------------
 
+def decodings(cfg):
+    """[(greedy, Decoding)]: greedily at each of --steps, then there and at --m as sampled."""
+    greedy = cfg.cells()[cfg.eval_sampled:]
+    steps = {cfg.m, *(how.m for how in greedy)} & {*agrpo.step_counts(cfg.C, cfg.block_length)}
+    sampled = [replace(cfg.how, m=m) for m in sorted(steps, reverse=True)] * cfg.eval_sampled
+    return [(True, how) for how in greedy] + [(False, how) for how in sampled]
+
+
 def summarise(seeds, m, greedy):
     """One row of the table; seeds: a list of records for each seed, over the same problems.
 
@@ -160,7 +168,7 @@ def run(cfg, seeds):
         agrpo.say("\n steps sampling   base [95 % interval]"
                   + "    trained" * bool(cfg.adapter))
         n = min(cfg.eval_n, len(data))
-        for greedy, how in cfg.cells():
+        for greedy, how in decodings(cfg):
             for who, rows in columns.items():
                 # A greedy decoding draws nothing: one seed is like another.
                 repeats = range(1 if greedy else seeds)

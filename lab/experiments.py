@@ -615,8 +615,10 @@ def accuracy_at_every_m(cfg, train):
     policy, data, test, params, optimizer = load(cfg)
     for _ in agrpo.train(policy, data, cfg, params, optimizer) if train else ():
         pass
+    greedy = cfg.cells()[1:]
+    sampled = [replace(cfg.how, m=how.m) for how in greedy]
     return [(how.m, how.temperature == 0, agrpo.evaluate(policy, test, cfg, how, cfg.eval_n))
-            for _, how in cfg.cells()]
+            for how in greedy + sampled]
 
 
 @experiment("5 minutes", "--updates 150 --eval_n 500", "--updates 2 --questions 3 --eval_n 20")
