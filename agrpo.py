@@ -1297,15 +1297,15 @@ def fingerprint(model, adapters=False):
     return digest(torch.cat(some).numpy().tobytes()).hex()
 
 
-def save_checkpoint(out, state, cfg, trained, optimizer):
+def save_checkpoint(cfg, state, trained, optimizer):
     """All that the same command needs to go on, to the same numbers."""
     if processes()[0] == 0:
         file = io.BytesIO()
         torch.save(dict(state=state, config=flags(cfg), trained=trained,
                         optimizer=optimizer.state_dict()), file)
         file.write(digest(file.getvalue()))                     # torch.load reads past it
-        write(out / "checkpoint.pt", file.getbuffer())
-        write(out / "samples.jsonl", b"".join(map(to_json, state["samples"])))
+        write(Path(cfg.out, "checkpoint.pt"), file.getbuffer())
+        write(Path(cfg.out, "samples.jsonl"), b"".join(map(to_json, state["samples"])))
 
 
 def load_checkpoint(path, cfg, base, trained, optimizer):
@@ -1586,19 +1586,18 @@ def run(cfg):
         return 130
 
 
-def learn(cfg, policy, data, test, stop):
-    """From the checkpoint, or from the base model and its table, to the last one -> state
+def begin(cfg, policy, test):
+    """From the checkpoint, or from the base model and its table -> state, weights, optimizer
 
     Raises UserError.
     """
-    out, first_process = Path(cfg.out), processes()[0] == 0
     trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-    params, base_model = list(trained.values()), fingerprint(policy.model)
+    optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.99),
+                                  weight_decay=cfg.weight_decay)
+    base_model, start = fingerprint(policy.model), time.time()
     must_agree(dict(flags(cfg), device="", model=base_model))
-    optimizer = torch.optim.AdamW(params, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
-    state = load_checkpoint(out / "checkpoint.pt", cfg, base_model, trained, optimizer)
+    state = load_checkpoint(Path(cfg.out, "checkpoint.pt"), cfg, base_model, trained, optimizer)
     must_agree(dict(out=state and state["update"]))
-    clock = time.time()
     if state:
         say(f"going on after update {state['update']} of {cfg.updates}")
     else:
@@ -1606,57 +1605,78 @@ def learn(cfg, policy, data, test, stop):
                      history=[], samples=[])
         table(policy, test, cfg, state, "base")
         state["evals"].append(dict(update=0, **state["base"][0]))
-        state["seconds"] += time.time() - clock
-        save_checkpoint(out, state, cfg, trained, optimizer)
-    first, clock, history = state["update"], time.time(), state["history"]
-    began, spent = clock, state["seconds"]
-    if first_process:
-        write(out / "config.json", to_json(dict(asdict(cfg), versions=versions()), indent=2))
-        write(out / "metrics.jsonl", b"".join(map(to_json, history)))
-    if first_process and cfg.wandb:
-        import wandb
-        wandb.init(project=cfg.wandb, config=asdict(cfg), dir=cfg.out)
+        state["seconds"] = time.time() - start
+        save_checkpoint(cfg, state, trained, optimizer)
+    if processes()[0] == 0:
+        config = dict(asdict(cfg), versions=versions())
+        write(Path(cfg.out, "config.json"), to_json(config, indent=2))
+        # A killed run may have logged updates that its checkpoint does not know.
+        write(Path(cfg.out, "metrics.jsonl"), b"".join(map(to_json, state["history"])))
+    return state, trained, optimizer
 
+
+def learn(cfg, policy, data, test, stop):
+    """Begin, train until done or asked to stop, saving on the way -> state
+
+    Raises UserError.
+    """
+    state, trained, optimizer = begin(cfg, policy, test)
+    first, history, log = state["update"], state["history"], logger(cfg)
+    start, before = time.time(), state["seconds"]
     every = max(1, cfg.updates // 50)                           # lines that fit a screen or two
-    for now in train(policy, data, cfg, params, optimizer, first):
+    for now in train(policy, data, cfg, list(trained.values()), optimizer, first):
         sample, update = now.pop("sample"), now["update"]
         now["memory_bytes"] = peak_memory(cfg.device)
         if update == 1 or update % every == 0:
             shown = update == 1 or update % (10 * every) == 0
             state["samples"] += [dict(update=update, **sample)] * shown
-            left = (time.time() - began) / (update - first) * (cfg.updates - update)
+            left = (time.time() - start) / (update - first) * (cfg.updates - update)
             console(now, sample if shown else None, cfg, left)
         # A warning that was given in the last 20 updates is not given again.
         signs = dict(warnings(now, history))
         now["warnings"] = list(signs)
-        for kind in set(signs) - {kind for x in history[-20:] for kind in x["warnings"]}:
+        for kind in signs.keys() - {kind for x in history[-20:] for kind in x["warnings"]}:
             say(f"    warning: {signs[kind]}")
         if update % cfg.eval_every == 0 and update < cfg.updates:
             found = measure(policy, test, cfg, cfg.cells()[0])
             state["evals"].append(dict(update=update, **found))
             now["held_out"] = found["accuracy"]
             say(f"    held-out{table_row(found)}   n {found['n']}")
+        log(now)
         history.append(now)
-        state.update(update=update, seconds=spent + time.time() - began)
-        if first_process:
-            with open(out / "metrics.jsonl", "ab") as f:
-                f.write(to_json(now))
-            if cfg.wandb:
-                wandb.log(now, step=update)
-        broken = [not math.isfinite(x["grad_norm"]) for x in history[-3:]]
+        state.update(update=update, seconds=before + time.time() - start)
         stopping = any(gather(stop.asked))                      # Ctrl-C for one is for all
         if update % cfg.save_every == 0 or update == cfg.updates or stopping:
-            save_checkpoint(out, state, cfg, trained, optimizer)
-        if broken == [True] * 3:
+            save_checkpoint(cfg, state, trained, optimizer)
+        if [math.isfinite(x["grad_norm"]) for x in history[-3:]] == [False] * 3:
             raise UserError("three gradients in a row were not finite: start again with a "
-                            f"lower --lr, another --out ({out} has the weights before)")
+                            f"lower --lr, another --out ({cfg.out} has the weights before)")
         if stopping:
             break
     if state["update"] == cfg.updates:
         state["final"] = state["final"] if cfg.updates else state["base"]
+        new = not state["final"]
         table(policy, test, cfg, state, "final")
-        save_checkpoint(out, state, cfg, trained, optimizer)
+        if new:
+            state["seconds"] = before + time.time() - start
+            save_checkpoint(cfg, state, trained, optimizer)
     return state
+
+
+def logger(cfg):
+    """A function that keeps the numbers of an update: in metrics.jsonl and, if asked, W&B."""
+    if processes()[0] != 0:
+        return lambda now: None
+    if cfg.wandb:
+        import wandb
+        wandb.init(project=cfg.wandb, config=asdict(cfg), dir=cfg.out)
+
+    def log(now):
+        with open(Path(cfg.out, "metrics.jsonl"), "ab") as f:
+            f.write(to_json(now))
+        if cfg.wandb:
+            wandb.log(now, step=now["update"])
+    return log
 
 
 def finish(cfg, policy, state, source):
