@@ -1,10 +1,10 @@
 """How fast is it, and what does it move? Three benchmarks in one command.
 
-    python lab/bench.py                    # the kernel, then one update of every policy
-    python lab/bench.py kernel             # correct? then time, bandwidth and memory on a GPU
-    python lab/bench.py update --shape llada-8b
-    python lab/bench.py update --model FOLDER --trust_remote_code
-    python lab/bench.py count              # bytes and FLOPs of an 8B model, without running it
+    bash run.sh bench                      the kernel, then one update of every policy
+    bash run.sh bench kernel               correct? then time, bandwidth and memory on a GPU
+    bash run.sh bench update --shape llada-8b
+    bash run.sh bench update --model FOLDER --trust_remote_code
+    bash run.sh bench count                bytes and FLOPs of an 8B model, without running it
 
 kernel   kernels.py beside eager PyTorch, torch.compile, Liger's cross entropy if installed, and
          a plain copy, on random logits of LLaDA's vocabulary: medians of triton's do_bench with
@@ -13,8 +13,8 @@ kernel   kernels.py beside eager PyTorch, torch.compile, Liger's cross entropy i
 update   seconds of one rollout and of one loss (forward and backward of B k pairs) by the plain
          policy and those of lab/policies.py, with the same random weights, pairs and draws, in
          turn; and by a baseline that does it the official code's way: LM head in the model's
-         dtype on all positions, one forward a timestep. For nobody does a row end early or a
-         group have no gradient. Without optimizer and grading, which are the same for all.
+         dtype on all positions, one forward a timestep, no two rows in one. For nobody does a
+         row end early or a group have no gradient. Without optimizer and grading.
 count    the operators of a rollout step and of a loss pass of an 8B model, on tensors without
          memory: bytes read and written, FLOPs by dtype, and what a model of an H100 takes for
          them; with float32 adapters as peft leaves them and under agrpo.py's bf16 autocast.
@@ -22,13 +22,14 @@ count    the operators of a rollout step and of a loss pass of an 8B model, on t
 import argparse
 import contextlib
 import copy
-import functools
 import itertools
 import os
 import statistics
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,16 +46,14 @@ import agrpo
 import kernels
 from kernels import logprobs_and_entropy
 
-# ==============================================================================================
-# kernel
-# ==============================================================================================
+# --- kernel -----------------------------------------------------------------------------------
 
 V, T = 126464, 0.6
 SIZES = 24, 96, 512, 2048, 8192        # rows: a training micro-batch, a rollout step, and up
 PASSES = {"forward": 1, "backward": 2, "both": 3}      # over the logits, at least
 
 
-def bench_kernel(args):
+def bench_kernel(args, cfg):
     if not kernels.HAVE_TRITON:
         print("Triton is not installed: kernels.py runs its reference, nothing to measure")
         return
@@ -73,24 +72,24 @@ def bench_kernel(args):
     print(f"{'dtype':9s}{'rows':>5s} {'':17s}{'us':>9s} {'[p20, p80]':20s}{'GB/s':>6s}"
           f"{'of copy':>9s}{'extra MB':>10s}")
     results = {}
-    for dtype, N in itertools.product(BARS, SIZES):
+    for dtype, N, (name, call) in itertools.product(BARS, SIZES, implementations().items()):
         # Two buffers take turns, and do_bench empties the L2 cache before every call.
+        torch.manual_seed(0)
         buffers = [torch.randn(N, V, device="cuda", dtype=dtype, requires_grad=True)
                    for _ in range(2)]
         labels = torch.randint(V, (N,), device="cuda")
         torch._dynamo.reset()                           # every shape is compiled for itself
-        for name, call in implementations().items():
-            try:
-                measured = measure_kernel(triton, call, buffers, labels)
-            except torch.OutOfMemoryError:
-                print(f"{str(dtype)[6:]:9s}{N:5d} {name:8s} out of memory")
-                continue
-            for phase, (us, p20, p80, mb) in measured.items():
-                gbs = PASSES[phase] * buffers[0].nbytes / 1e3 / us
-                share, spread = gbs / copy_gbs, f"[{p20:.1f}, {p80:.1f}]"
-                results[dtype, N, name, phase] = us, share, mb
-                print(f"{str(dtype)[6:]:9s}{N:5d} {name:8s} {phase:8s}{us:9.1f} {spread:20s}"
-                      f"{gbs:6.0f}{share:9.0%}{mb:10.2f}")
+        try:
+            measured = measure_kernel(triton, call, buffers, labels)
+        except torch.OutOfMemoryError:
+            print(f"{str(dtype)[6:]:9s}{N:5d} {name:8s} out of memory")
+            continue
+        for phase, (us, p20, p80, mb) in measured.items():
+            gbs = PASSES[phase] * buffers[0].nbytes / 1e3 / us
+            share, between = gbs / copy_gbs, f"[{p20:.1f}, {p80:.1f}]"
+            results[dtype, N, name, phase] = us, share, mb
+            print(f"{str(dtype)[6:]:9s}{N:5d} {name:8s} {phase:8s}{us:9.1f} {between:20s}"
+                  f"{gbs:6.0f}{share:9.0%}{mb:10.2f}")
     print_bars(results)
 
 
@@ -119,18 +118,17 @@ def check_kernel(device):
                 raise SystemExit("a bar is missed")
 
 
-@functools.cache
 def implementations():
     """{name: f(logits, labels) -> tuple of (N,)}, what is installed of it."""
     import torch._functorch.config
     torch._functorch.config.donated_buffer = False      # it refuses retain_graph=True
-    eager = functools.partial(kernels.naive, temperature=T)
-    calls = {"ours": functools.partial(logprobs_and_entropy, temperature=T, impl="triton"),
+    eager = partial(kernels.naive, temperature=T)
+    calls = {"ours": partial(logprobs_and_entropy, temperature=T, impl="triton"),
              "eager": eager, "compile": torch.compile(eager, dynamic=False)}
     try:
         from liger_kernel.transformers import LigerCrossEntropyLoss
-        # Log-probability only, T = 1. Its forward overwrites the logits with their gradient: so
-        # it comes last, and only forward and backward together compare.
+        # Log-probability only, T = 1. Its forward overwrites the logits with their gradient,
+        # so only forward and backward together compare.
         cross_entropy = LigerCrossEntropyLoss(reduction="none")
         calls["liger"] = lambda x, labels: (cross_entropy(x, labels),)
     except ImportError:
@@ -167,46 +165,41 @@ def measure_kernel(triton, call, buffers, labels):
     return measured
 
 
-def bars(eager_forward, eager_backward):
-    """What the kernel promises: a share of the copy, a factor over another implementation."""
-    return [("forward", "copy", 0.75), ("backward", "copy", 0.80),
-            ("forward", "eager", eager_forward), ("backward", "eager", eager_backward),
-            ("forward", "compile", 1.0), ("backward", "compile", 0.95), ("both", "liger", 1.2)]
-
-
+# What the kernel promises: a share of the copy's speed, a factor over another implementation.
 # Rows of float32 are what agrpo.py passes; there eager PyTorch moves fewer times our bytes.
-BARS = {torch.bfloat16: bars(12, 10), torch.float32: bars(6, 6)}
+EAGER = {torch.bfloat16: (12, 10), torch.float32: (6, 6)}
+BARS = {dtype: [("forward", "copy", 0.75), ("backward", "copy", 0.80),
+                ("forward", "eager", forward), ("backward", "eager", backward),
+                ("forward", "compile", 1.0), ("backward", "compile", 0.95),
+                ("both", "liger", 1.2)] for dtype, (forward, backward) in EAGER.items()}
 
 
 def print_bars(results):
-    nan = (float("nan"),) * 3
+    """results {(dtype, rows, name, phase): (us, share of the copy, extra MB)}"""
+    def get(N, name, phase):
+        return results.get((dtype, N, name, phase), (float("nan"),) * 3)
+
     for dtype, promised in BARS.items():
-        def get(N, name, phase):
-            return results.get((dtype, N, name, phase), nan)
-        print()
+        lines = []
         for phase, other, bar in promised:
-            ours = get(2048, "ours", phase)
+            what, ours = f"{other} / ours, 2048 rows", get(2048, "ours", phase)
+            value = get(2048, other, phase)[0] / ours[0]
             if other == "copy":
                 what = "share of the copy, worse of 2048 and 8192 rows"
                 value = min(ours[1], get(8192, "ours", phase)[1])
-            else:
-                what = f"{other} / ours, 2048 rows"
-                value = get(2048, other, phase)[0] / ours[0]
-            print_bar(dtype, f"{phase}: {what}", value, bar)
+            lines.append((f"{phase}: {what}", value, bar))
         # Memory: 32 bytes a row in the forward, a gradient of the logits in the backward, 1 MB.
         for phase, a_row in (("forward", 32), ("backward", V * dtype.itemsize)):
-            left = [N * a_row / 1e6 + 1 - get(N, "ours", phase)[2] for N in SIZES]
-            print_bar(dtype, f"{phase}: MB left of the memory allowed", min(left), 0)
+            left = min(N * a_row / 1e6 + 1 - get(N, "ours", phase)[2] for N in SIZES)
+            lines.append((f"{phase}: MB left of the memory allowed", left, 0))
+        print()
+        for what, value, bar in lines:
+            verdict = "holds" if value >= bar else "MISSED"
+            verdict = verdict if value == value else "not measured"         # NaN
+            print(f"{str(dtype)[6:]:9s} {what:58s}{value:8.2f}   must be >= {bar:<5} {verdict}")
 
 
-def print_bar(dtype, what, value, bar):
-    verdict = "not measured" if value != value else "holds" if value >= bar else "MISSED"
-    print(f"{str(dtype)[6:]:9s} {what:58s}{value:8.2f}   must be >= {bar:<5} {verdict}")
-
-
-# ==============================================================================================
-# A model with random weights
-# ==============================================================================================
+# --- A model with random weights --------------------------------------------------------------
 
 # hidden size, intermediate size, layers, heads, heads of keys and values, vocabulary
 SHAPES = {"tiny": (64, 192, 2, 4, 4, 1000), "small": (512, 1536, 8, 8, 8, 16384),
@@ -217,7 +210,7 @@ MASK, EOS = 2, 1
 
 def build(shape, dtype, device):
     """(model, tokenizer): a Qwen3 of random weights whose tokens all see each other."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM, Qwen3Config
     numbers = SHAPES.get(shape) or tuple(int(n) for n in shape.split(",") if n.isdigit())
     if len(numbers) != 6:
         raise agrpo.UserError(f"--shape {shape}: choose from {', '.join(SHAPES)}, or give six "
@@ -229,13 +222,8 @@ def build(shape, dtype, device):
         vocab_size=vocabulary, tie_word_embeddings=False, use_cache=False,
         bos_token_id=None, eos_token_id=EOS, pad_token_id=EOS)
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = Qwen3ForCausalLM(config).train()
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train()
     model.model.register_forward_pre_hook(all_see_all, with_kwargs=True)
     words = SimpleNamespace(eos_token_id=EOS, pad_token_id=EOS,
                             get_vocab=lambda: {str(i): i for i in range(vocabulary)})
@@ -250,20 +238,7 @@ def all_see_all(module, args, kwargs):
     return args, kwargs
 
 
-def the_model(args):
-    """(model, tokenizer, an id for [MASK]): of the folder, or random weights of the shape."""
-    dtype = getattr(torch, args.dtype)
-    if not args.model:
-        return *build(args.shape, dtype, args.device), MASK
-    cfg = agrpo.Config(model=args.model, dtype=args.dtype, device=args.device,
-                       trust_remote_code=args.trust_remote_code)
-    model, tokenizer = agrpo.load_model(cfg)
-    return model, tokenizer, MASK                       # to a clock any id is [MASK]
-
-
-# ==============================================================================================
-# update
-# ==============================================================================================
+# --- update -----------------------------------------------------------------------------------
 
 class OfficialWay(agrpo.Policy):
     """The head in the model's own dtype on every position, as the official code calls it."""
@@ -275,9 +250,12 @@ class OfficialWay(agrpo.Policy):
 
     def __call__(self, ids, mask, positions, block=None):
         N, L = ids.shape
-        everywhere = torch.arange(L, device=ids.device).expand(N, L)
-        logits = self.logits(ids, mask, everywhere)                         # (N, L, V)
-        return logits[torch.arange(N, device=ids.device)[:, None], positions].float()
+        self.positions = torch.arange(L, device=ids.device).expand(N, L)
+        mask = mask[:, None, None, :].bool() if self.is_dream else mask
+        with self.autocast():
+            logits = self.model(input_ids=ids, attention_mask=mask).logits  # (N, L, V)
+        row = torch.arange(N, device=ids.device)[:, None]
+        return logits[row, positions - self.shift].float()
 
 
 def one_pass_a_timestep(policy, traj, A, pairs, micro_batch):
@@ -292,19 +270,21 @@ def one_pass_a_timestep(policy, traj, A, pairs, micro_batch):
     return ratio
 
 
-def policies(args):
+def policies(args, cfg):
     """{name: policy}, each on modules of its own, all on the same weights."""
-    model, tokenizer, mask_id = the_model(args)
+    if args.model:
+        model, tokenizer = agrpo.load_model(replace(cfg, model=args.model))
+    else:
+        model, tokenizer = build(args.shape, getattr(torch, cfg.dtype), cfg.device)
     kinds = {"official way": OfficialWay, "Policy": agrpo.Policy}
     file = Path(__file__).with_name("policies.py")
     for name in filter(None, args.policies.split(",")):
         kinds[name] = agrpo.import_file(f"{file}:{name}", "--policies")
-    cfg = agrpo.Config(lora_r=args.lora_r, lora_alpha=args.lora_r, recompute=args.recompute)
     made = {}
     for name, kind in kinds.items():
         shared = {id(p): p for p in model.parameters()}                     # not copied
         try:
-            policy = kind(copy.deepcopy(model, shared), tokenizer, mask_id, args.device)
+            policy = kind(copy.deepcopy(model, shared), tokenizer, MASK, cfg.device)
         except agrpo.UserError as e:
             print(f"{name} is left out: {e}")
             continue
@@ -314,72 +294,65 @@ def policies(args):
     return made
 
 
-def bench_update(args):
-    try:
-        how = agrpo.Decoding(args.C, args.m, args.block_length, temperature=0.6,
-                             top_k=args.top_k, top_p=0.99 if args.top_k else 1.0)
-    except ValueError as e:
-        raise agrpo.UserError(str(e)) from e
-    if not 1 <= args.k <= args.m:
-        raise agrpo.UserError(f"--k {args.k}: choose from 1 to --m {args.m}")
-    everyone = policies(args)
-    plain = everyone["Policy"]
-    size = sum(p.numel() for p in plain.model.parameters() if not p.requires_grad)
+def bench_update(args, cfg):
+    everyone = policies(args, cfg)
+    weights = everyone["Policy"].model.get_input_embeddings().weight
+    size = sum(p.numel() for p in everyone["Policy"].model.parameters() if not p.requires_grad)
     where = f"cpu ({torch.get_num_threads()} threads)"
-    if torch.device(args.device).type == "cuda":
+    if weights.is_cuda:
         where = torch.cuda.get_device_name()
     print(f"one update on {where}, torch {torch.__version__}: {args.model or args.shape}, "
-          f"{size / 1e6:.0f} M parameters, {args.dtype}, LoRA r {args.lora_r}"
-          + ", activations recomputed" * args.recompute
-          + f"\nB {args.B}, P {args.P}, C {args.C}, m {args.m}, block {args.block_length}, "
-          f"k {args.k}, "
-          f"micro_batch {args.micro_batch}, top_k {args.top_k}, rounds {args.rounds}")
+          f"{size / 1e6:.0f} M parameters, {cfg.dtype}, LoRA r {cfg.lora_r}"
+          + ", activations recomputed" * cfg.recompute
+          + f"\nB {args.B}, P {args.P}, C {cfg.C}, m {cfg.m}, block {cfg.block_length}, "
+          f"k {cfg.k}, micro_batch {cfg.micro_batch}, top_k {cfg.top_k}, rounds {args.rounds}")
 
     # The same question ids, pairs and draws for everybody: k steps of each row, none twice.
     rng = torch.Generator().manual_seed(0)
-    vocabulary = plain.model.get_input_embeddings().weight.shape[0]
-    q = torch.randint(3, vocabulary, (args.B, args.P), generator=rng).to(args.device)
-    A = torch.linspace(-1, 1, args.B, dtype=torch.float64).to(args.device)
-    steps = torch.rand(args.B, how.m, generator=rng).argsort(dim=1)[:, :args.k]
-    rows, steps = torch.arange(args.B).repeat(args.k), steps.t().flatten()
-    pairs = [x.to(args.device) for x in (rows, steps, torch.full(rows.shape, how.m / args.k))]
-    seconds = {name: [] for name in everyone}
-    warm_up = int(q.is_cuda)
-    for _ in range(warm_up + args.rounds):
+    q = torch.randint(3, len(weights), (args.B, args.P), generator=rng).to(cfg.device)
+    A = torch.linspace(-1, 1, args.B, dtype=torch.float64).to(cfg.device)
+    steps = torch.rand(args.B, cfg.m, generator=rng).argsort(dim=1)[:, :cfg.k]
+    rows, steps = torch.arange(args.B).repeat(cfg.k), steps.t().flatten()
+    pairs = [x.to(cfg.device) for x in (rows, steps, torch.full(rows.shape, cfg.m / cfg.k))]
+    runs = {name: [] for name in everyone}
+    for _ in range(weights.is_cuda + args.rounds):      # the first on a GPU warms it up
         for name, policy in everyone.items():
-            seconds[name].append(one_update(policy, q, A, pairs, how, args.micro_batch))
-    print_updates({name: runs[warm_up:] for name, runs in seconds.items()})
+            runs[name].append(one_update(policy, q, A, pairs, cfg))
+    print_updates({name: found[-args.rounds:] for name, found in runs.items()})
 
 
-def one_update(policy, q, A, pairs, how, micro_batch):
+def one_update(policy, q, A, pairs, cfg):
     """Seconds of rollout and of loss, max |rho - 1|, peak GiB."""
-    cuda = q.is_cuda
-    wait = torch.cuda.synchronize if cuda else (lambda: None)
-    if cuda:
+    def now():
+        if q.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    if q.is_cuda:
         torch.cuda.reset_peak_memory_stats()
-    wait()
-    start = time.perf_counter()
-    traj = agrpo.rollout(policy, q, torch.ones_like(q), how, agrpo.row_random(range(len(q))))
-    wait()
-    rolled = time.perf_counter()
+    start, rand = now(), agrpo.row_random(range(len(q)))
+    traj = agrpo.rollout(policy, q, torch.ones_like(q), cfg.how, rand)
+    rolled = now()
     if isinstance(policy, OfficialWay):
-        ratio = one_pass_a_timestep(policy, traj, A, pairs, micro_batch)
+        ratio = one_pass_a_timestep(policy, traj, A, pairs, cfg.micro_batch)
     else:
-        ratio = agrpo.add_gradient(policy, traj, A, pairs, micro_batch=micro_batch).ratio
-    wait()
-    end = time.perf_counter()
+        ratio = agrpo.add_gradient(policy, traj, A, pairs, cfg.eps, cfg.micro_batch).ratio
+    end = now()
     policy.model.zero_grad(set_to_none=True)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**30 if q.is_cuda else 0.0
     return rolled - start, end - rolled, (ratio - 1).abs().max().item(), peak
 
 
-def print_updates(seconds):
+def print_updates(runs):
     """A line a policy: median [least, most] seconds, and the speed relative to the first."""
+    def spread(values):
+        return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
+
     print(f"\n{'':19s}{'rollout, s':24s}{'loss, s':24s}{'times as fast: rollout':>22s}"
           f"{'loss':>6s}{'update':>8s}{'max|rho-1|':>12s}{'GiB':>5s}")
     first = None
-    for name, runs in seconds.items():
-        rollout, loss, off, peak = zip(*runs)
+    for name, found in runs.items():
+        rollout, loss, off, peak = zip(*found)
         update = [a + b for a, b in zip(rollout, loss)]
         medians = [statistics.median(x) for x in (rollout, loss, update)]
         first = first or medians
@@ -388,13 +361,7 @@ def print_updates(seconds):
               f"{max(off):12.0e}{max(peak):5.0f}")
 
 
-def spread(values):
-    return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
-
-
-# ==============================================================================================
-# count
-# ==============================================================================================
+# --- count ------------------------------------------------------------------------------------
 
 # A model of an H100: bytes and FLOPs a second that large operators reach. Assumed.
 BANDWIDTH = 3.0e12
@@ -429,15 +396,16 @@ class Count(TorchDispatchMode):
 VIEWS = (torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default)
 
 
-def bench_count(args):
+def bench_count(args, cfg):
     from torch._subclasses.fake_tensor import FakeTensorMode
     shape = "llada-8b" if args.shape == "small" else args.shape
     policy = agrpo.Policy(*build(shape, torch.bfloat16, "meta"), MASK, "cpu")
-    agrpo.add_adapters(policy, agrpo.Config(lora_r=64, lora_alpha=64))
+    agrpo.add_adapters(policy, replace(cfg, lora_r=64))
     print(f"{shape}, bfloat16, LoRA r 64, plain policy, 584 tokens a row, 3 of them scored.\n"
           f"ms: assuming {BANDWIDTH / 1e12} TB/s, {PEAK[2] / 1e12:.0f} TFLOP/s in 16 bits and "
           f"{PEAK[4] / 1e12:.0f} in float32\n\n{'':61s}{'GB':>6s}{'TFLOP 16 bit':>14s}"
           f"{'float32':>9s}{'ms':>6s}")
+    kinds = ("no adapters", "float32 adapters", "the same under bf16 autocast")
     with FakeTensorMode():
         # Tensors on "meta" have no autocast. These have no memory either, but a device.
         for module in policy.model.modules():
@@ -446,10 +414,10 @@ def bench_count(args):
                 setattr(module, name, torch.nn.Parameter(fake, p.requires_grad))
             for name, b in list(module.named_buffers(recurse=False)):
                 setattr(module, name, torch.empty(b.shape, dtype=b.dtype))
-        for what, rows in (("rollout step, 16 rows", 16), ("loss pass, 4 rows", 4)):
-            for name in ("no adapters", "float32 adapters", "the same under bf16 autocast"):
-                if rows == 4 and name == "no adapters":
-                    continue                            # then there is nothing to differentiate
+        # Without adapters there is nothing to differentiate.
+        for what, rows, names in (("rollout step, 16 rows", 16, kinds),
+                                  ("loss pass, 4 rows", 4, kinds[1:])):
+            for name in names:
                 count = count_pass(policy, rows, name, backward=rows == 4)
                 half, single = count.flops[2] / 1e12, count.flops[4] / 1e12
                 print(f"{what:25s}{name:36s}{count.bytes / 1e9:6.0f}{half:14.1f}{single:9.2f}"
@@ -464,43 +432,49 @@ def count_pass(policy, rows, name, backward, L=584, W=3):
             module.cast_input_dtype_enabled = not autocast      # on as peft leaves it
     policy.autocast = contextlib.nullcontext
     if autocast:
-        policy.autocast = functools.partial(agrpo.Policy.autocast, policy)
+        policy.autocast = partial(agrpo.Policy.autocast, policy)
     ids, mask = torch.zeros(2, rows, L, dtype=torch.int64).unbind()
-    positions = torch.zeros(rows, W, dtype=torch.int64)
+    policy.positions = torch.zeros(rows, W, dtype=torch.int64)
     context = policy.reference() if name == "no adapters" else contextlib.nullcontext()
     with torch.set_grad_enabled(backward), context, Count() as count:
-        logits = policy(ids, mask, positions)
+        with policy.autocast():
+            logits = policy.model(input_ids=ids, attention_mask=mask).logits
         if backward:
             logits.sum().backward()
     policy.model.zero_grad()
     return count
 
 
-# ==============================================================================================
+# --- What is typed ----------------------------------------------------------------------------
+
+LIKE_LLADA = ("--C 96 --m 32 --block_length 12 --k 6 --temperature 0.6 --top_k 150 "
+              "--top_p 0.99 --micro_batch 8 --lora_r 64").split()
+
 
 def main(argv=None):
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", nargs="*", help="kernel, update, count [kernel update]")
-    add = functools.partial(parser.add_argument, help="[%(default)s]")
-    add("--shape", default="small", help="of random weights: " + ", ".join(SHAPES)
-        + ", or HIDDEN,INTERMEDIATE,LAYERS,HEADS,KV_HEADS,VOCABULARY [%(default)s]")
-    add("--model", default="", help="a folder or hub id instead of a shape")
-    add("--trust_remote_code", action="store_true", help="run the code that comes with --model")
-    add("--policies", default="BlockCausal,FrozenBlockCausal,FrozenContext",
-        help="classes of lab/policies.py [%(default)s]")
-    add("--device", default="cuda" if cuda else "cpu")
-    add("--dtype", default="bfloat16" if cuda else "float32")
-    for name, default in dict(B=8, P=200, C=96, m=32, block_length=12, k=6, micro_batch=8,
-                              top_k=150, lora_r=64, rounds=3).items():
-        add(f"--{name}", type=int, default=default)
-    add("--recompute", action="store_true", help="activations in the backward pass")
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    whats = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    parser = agrpo.Parser(
+        prog="bash run.sh bench [kernel] [update] [count]", allow_abbrev=False,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"further flags: those of python agrpo.py --help; here {' '.join(LIKE_LLADA)}")
+    parser.add_argument("--shape", default="small", help="of random weights [small]: "
+                        + ", ".join(SHAPES) + ", or "
+                        "HIDDEN,INTERMEDIATE,LAYERS,HEADS,KV_HEADS,VOCABULARY")
+    parser.add_argument("--model", default="", help="a folder or hub id instead of a shape")
+    parser.add_argument("--policies", default="BlockCausal,FrozenBlockCausal,FrozenContext",
+                        help="classes of lab/policies.py [%(default)s]")
+    for name, default, about in (("B", 8, "rows"), ("P", 200, "tokens of a prompt"),
+                                 ("rounds", 3, "updates of each policy")):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} [{default}]")
+    args, rest = parser.parse_known_args(argv[len(whats):])
+    half = ["--dtype", "bfloat16"] * torch.cuda.is_available()
+    cfg = agrpo.parse([*LIKE_LLADA, *half, *rest])
     kinds = {"kernel": bench_kernel, "update": bench_update, "count": bench_count}
-    for what in args.what or ["kernel", "update"]:
+    for what in whats or ["kernel", "update"]:
         if what not in kinds:
             raise agrpo.UserError(f"{what} is no benchmark: choose from {', '.join(kinds)}")
-        kinds[what](args)
+        kinds[what](args, cfg)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ with a ratio of 1 every clipped loss has the gradient  w A grad log p(token | q,
 
 eos       which tokens count: "first", those up to and including the first EOS, or "all"
 constant  factors of a row, like 1 / L, are left out: they are a length bias of their own
-u         = 1 / (m B), agrpo.add_gradient's own constant
 
 JustGRPO (LeapLabTHU/JustGRPO) needs no recipe: it is AGRPO with block_length 1, m = C, every
 step and --divide_by_std. Not reducible to `score`: VRPO, DMPO, StableDRL (pairs of answers or a
@@ -26,27 +25,29 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import agrpo
 
+NOTHING = agrpo.Seen(torch.zeros(0), torch.zeros(0), torch.zeros(0), 0)
+
 
 class States(NamedTuple):
     """K masked states of each row's finished o, and how much each token in them counts."""
     hidden: torch.Tensor               # (B, K, C) bool: what is [MASK] in the state
-    w: torch.Tensor                    # (B, K, C): weight of each token's log-probability
+    w: torch.Tensor                    # (B, K, C) weight of each token's log-probability
     A: torch.Tensor                    # (B,) advantages; a row of A = 0 costs no forward
-    weigh: Optional[Callable] = None  # (logp (n, K, C), rows (n,)) -> w of these rows
+    weigh: Optional[Callable] = None   # (logp (n, K, C), rows (n,)) -> w of these rows
     q: Optional[torch.Tensor] = None   # (B, P) another prompt than the rollout's
 
 
 def score(policy, traj, cfg, states):
-    """Add the gradient of -sum w A log p(o | q, x) to .grad of the parameters. Returns Seen.
+    """Add the gradient of -J,  J = 1 / (m B) sum w A log p(o | q, x),  to .grad. Returns Seen.
 
     Every place goes through the LM head, scored or not: good enough for small models.
     """
     hidden, w, A, weigh, q = states
-    K, C = hidden.shape[1:]
+    B, K, C = hidden.shape
     q = traj.q if q is None else q
     everywhere = torch.arange(C, device=q.device)
     block = agrpo.Block(q.shape[1], q.shape[1] + C, {})         # these recipes know no blocks
-    seen = [agrpo.Seen(torch.zeros(0), torch.zeros(0), torch.zeros(0), 0)]
+    seen = [NOTHING]
     for rows in (A != 0).nonzero()[:, 0].split(max(1, cfg.micro_batch // K)):
         each = rows.repeat_interleave(K)                                    # (n K,)
         tokens = traj.o[each]
@@ -57,10 +58,10 @@ def score(policy, traj, cfg, states):
         logp = logp.view(-1, K, C)
         # Weights that depend on the model are constants to the gradient.
         weight = weigh(logp.detach().double(), rows) if weigh else w[rows]
-        loss = -(weight * A[rows, None, None] * logp).sum()
-        loss.backward()
-        ones = torch.ones_like(logp).flatten(0, 1)
-        seen.append(agrpo.Seen(ones.detach(), A[each, None].to(ones), 0 * ones, 1))
+        J = (weight * A[rows, None, None] * logp).sum() / (traj.how.m * B)
+        (-J).backward()
+        ratio = torch.ones_like(x, dtype=torch.float32)
+        seen.append(agrpo.Seen(ratio, A[each, None].float(), 0 * ratio, 1))
     return agrpo.merge(seen)
 
 
@@ -71,32 +72,36 @@ def estimate(recipe, policy, traj, A, cfg, rand):
     return score(policy, traj, cfg, recipe(policy, traj, A, cfg, rand))
 
 
-def unit(traj):
-    """u, as a float64 tensor: weights made with it are too."""
-    return torch.tensor(1.0 / (traj.how.m * len(traj.o)), dtype=torch.float64)
+def tokens_a_step(traj):
+    """How many tokens each step drew, (B, m) float64: 0 after an early exit."""
+    return agrpo.per_step(traj, torch.ones_like(traj.entropy))
 
 
 def counted(policy, traj, eos):
     """Which tokens count (B, C): all, or those up to and including the first EOS."""
     is_eos = (traj.o == policy.eos_id).long()
-    before = is_eos.cumsum(dim=1) - is_eos                     # EOS tokens in front of this one
+    before = is_eos.cumsum(dim=1) - is_eos                      # EOS tokens to the left of it
     return before == 0 if eos == "first" else torch.ones_like(before, dtype=torch.bool)
 
 
 def places(rand, among, l):
     """l of the places `among` at random. among (B, K or 1, C), l (B, K) -> (B, K, C)."""
     B, K = l.shape
-    draw = rand(B, K, among.shape[-1]).to(among.device) + ~among          # the others come last
+    draw = rand(B, K, among.shape[-1]).to(among.device) + ~among            # the others: last
     rank = draw.argsort(dim=-1).argsort(dim=-1)
     return (rank < l[..., None]) & among
 
 
 # --- On the states of the rollout -------------------------------------------------------------
 
+def every_pair(traj, A):
+    """rows, steps (N,): every step that acted of every row of A != 0."""
+    return (tokens_a_step(traj) * (A != 0)[:, None]).nonzero().unbind(dim=1)
+
+
 def every_step(policy, traj, A, cfg, rand):
     """The exact gradient: every step that acted, once."""
-    acted = agrpo.per_step(traj, torch.ones_like(traj.entropy)) > 0
-    rows, steps = (acted & (A != 0)[:, None]).nonzero().unbind(dim=1)
+    rows, steps = every_pair(traj, A)
     pairs = (rows, steps, torch.ones_like(rows, dtype=torch.float64))
     return agrpo.add_gradient(policy, traj, A, pairs, cfg.eps, cfg.micro_batch)
 
@@ -121,7 +126,7 @@ def scored_at_one(policy, traj, A, cfg, rand):
     p = agrpo.timestep_probs(traj, cfg.follow)
     points = (torch.arange(cfg.k) + rand(len(p), 1)) / cfg.k
     t = agrpo.inverse_cdf(p, points.to(p.device))                           # (B, k)
-    w = unit(traj) / (cfg.k * p.gather(1, t))
+    w = 1 / (cfg.k * p.gather(1, t))
     step_of = traj.step_of[:, None]
     states = States(step_of >= t[..., None], (step_of == t[..., None]) * w[..., None], A)
     at_one = replace(traj.how, temperature=1.0)
@@ -137,7 +142,7 @@ def step_merge(policy, traj, A, cfg, rand, N=0, eos="all"):
     step_of = traj.step_of[:, None]
     segment = (step_of >= cut[:-1]) & (step_of < cut[1:])                   # (B, N, C)
     segment &= counted(policy, traj, eos)[:, None]
-    return States(step_of >= cut[:-1], segment * unit(traj), A)
+    return States(step_of >= cut[:-1], segment.double(), A)
 
 
 def tracerl(policy, traj, A, cfg, rand, N=0, eos="all"):
@@ -156,25 +161,25 @@ def tracerl(policy, traj, A, cfg, rand, N=0, eos="all"):
 def egspo(policy, traj, A, cfg, rand):
     """The k steps of largest mean entropy, each once, weight n / k: AGRPO's per-step gradients
     without the weights that make them unbiased (vishnutez/egspo-dllm-rl)."""
-    tokens = agrpo.per_step(traj, torch.ones_like(traj.entropy))            # (B, m)
+    tokens = tokens_a_step(traj)                                            # (B, m)
     entropy = agrpo.per_step(traj, traj.entropy) / tokens.clamp(min=1)
     t = entropy.masked_fill(tokens == 0, -1.0).topk(cfg.k, dim=1).indices[..., None]
-    n = (tokens > 0).sum(dim=1)[:, None, None]
+    n = (tokens > 0).double().sum(dim=1)[:, None, None]
     step_of = traj.step_of[:, None]
-    return States(step_of >= t, (step_of == t) * unit(traj) * n / cfg.k, A)
+    return States(step_of >= t, (step_of == t) * n / cfg.k, A)
 
 
 def rldf(policy, traj, A, cfg, rand, sure=0.6, eos="first"):
     """k steps without replacement, by softmax of their tokens' mean -log p; scored are the
     step's tokens and later ones of p >= 0.6; no 1 / p_t (ant-research/Drift)."""
-    tokens = agrpo.per_step(traj, torch.ones_like(traj.entropy))
+    tokens = tokens_a_step(traj)
     surprise = -agrpo.per_step(traj, traj.logp_old) / tokens.clamp(min=1)   # (B, m)
     # The k largest of softmax logits + Gumbel noise are a draw without replacement.
     gumbel = -(-rand(*surprise.shape).clamp(min=1e-12).log()).log().to(surprise)
     noisy = (surprise + gumbel).masked_fill(tokens == 0, -torch.inf)
     t = noisy.topk(cfg.k, dim=1).indices[..., None]                         # (B, k, 1)
     hidden, now = traj.step_of[:, None] >= t, traj.step_of[:, None] == t
-    w = counted(policy, traj, eos)[:, None] * unit(traj) * traj.how.m / cfg.k
+    w = counted(policy, traj, eos)[:, None].double() * traj.how.m / cfg.k
 
     def weigh(logp, rows):
         return w[rows] * (now[rows] | hidden[rows] & (logp.exp() >= sure))
@@ -188,7 +193,7 @@ def one_step(policy, traj, A, cfg, rand, p_mask=0.15, eos="first"):
     (dllm-reasoning/d1, arXiv 2504.12216)."""
     hide = (rand(*traj.q.shape).to(traj.q.device) < p_mask) & (traj.q_mask > 0)
     q = traj.q.masked_fill(hide, policy.mask_id)
-    w = counted(policy, traj, eos)[:, None] * unit(traj)                    # (B, 1, C)
+    w = counted(policy, traj, eos)[:, None].double()                        # (B, 1, C)
     return States(torch.ones_like(w, dtype=torch.bool), w, A, q=q)
 
 
@@ -207,7 +212,7 @@ def coupled(policy, traj, A, cfg, rand, eos="first"):
     s = rand(*traj.o.shape).to(traj.o.device) < t
     hidden = torch.stack([torch.ones_like(s), s, ~s], dim=1)                # (B, 3, C)
     share = torch.tensor([1.0, t, 1 - t], dtype=torch.float64, device=s.device)[:, None]
-    w = hidden * counted(policy, traj, eos)[:, None] * unit(traj) / (2 * share) / 1.5
+    w = hidden * counted(policy, traj, eos)[:, None] / (2 * share) / 1.5
     return States(hidden, w, A * cfg.G / (cfg.G - 1))
 
 
@@ -215,16 +220,16 @@ def elbo(policy, traj, A, cfg, rand, eos="all"):
     """LLaDA's bound on the likelihood (arXiv 2502.09992, eq. 14): l ~ U{1..L} random tokens
     masked and weighed by L / l; k draws. UniGRPO's first step is this with k = 1."""
     among = counted(policy, traj, eos)
-    L = among.sum(dim=1, keepdim=True)                                      # (B, 1)
+    L = among.sum(dim=1, keepdim=True, dtype=torch.float64)                 # (B, 1)
     l = 1 + (rand(len(L), cfg.k).to(L.device) * L).long()                   # (B, k)
     hidden = places(rand, among[:, None], l)
-    return States(hidden, hidden * (unit(traj) * L / (l * cfg.k))[..., None], A)
+    return States(hidden, hidden * (L / (l * cfg.k))[..., None], A)
 
 
 def complements(policy, traj, rand, eos):
     """l random tokens masked, then the others: l = 0..L evenly spread over the batch's rows."""
     among = counted(policy, traj, eos)
-    B, L = len(among), among.sum(dim=1, keepdim=True)
+    B, L = len(among), among.sum(dim=1, keepdim=True, dtype=torch.float64)
     u = (torch.arange(B) / B + rand(B, 1)[0]) % 1
     l = (u[:, None].to(L.device) * (L + 1)).long()                          # (B, 1)
     s = places(rand, among[:, None], l)
@@ -235,13 +240,13 @@ def complements(policy, traj, rand, eos):
 def espo(policy, traj, A, cfg, rand, eos="all"):
     """ELBO on a state and its complement, one l per row (ML-GSAI/ESPO)."""
     hidden, size, L = complements(policy, traj, rand, eos)
-    return States(hidden, hidden * unit(traj) * (L + 1) / (2 * size.clamp(min=1)), A)
+    return States(hidden, hidden * (L + 1) / (2 * size.clamp(min=1)), A)
 
 
 def gdsd(policy, traj, A, cfg, rand, eos="all"):
     """ESPO's states, every token weighed alike (GaryBall/GDSD)."""
     hidden, _, _ = complements(policy, traj, rand, eos)
-    return States(hidden, hidden * unit(traj) / 2, A)
+    return States(hidden, hidden.double() / 2, A)
 
 
 NODES = {2: ((0.2113, 0.7887), (1 / 2, 1 / 2)),                 # Gauss-Legendre on [0, 1]
@@ -255,28 +260,28 @@ def gdpo(policy, traj, A, cfg, rand, N=2, eos="first"):
     tau, share = torch.tensor(NODES[N], dtype=torch.float64, device=traj.o.device)
     l = (tau * among.sum(dim=1, keepdim=True)).long().clamp(min=1)          # (B, N)
     hidden = places(rand, among[:, None], l)
-    return States(hidden, hidden * (unit(traj) * share / tau)[:, None], A)
+    return States(hidden, hidden * (share / tau)[:, None], A)
 
 
-def spg(policy, traj, A, cfg, rand, K=2, power=1.5, mix=0.5, eos="first"):
+def spg(policy, traj, A, cfg, rand, K=2, power=1.5, eos="first"):
     """Sandwiched: a lower bound of the likelihood where A > 0, half of it and half of an upper
     one where A < 0; before a random block clean, after it masked (facebookresearch/SPG)."""
-    among = counted(policy, traj, eos)
-    block = torch.arange(traj.how.C, device=traj.o.device) // traj.how.block_length
+    among, length = counted(policy, traj, eos), traj.how.block_length
     L = among.sum(dim=1, keepdim=True)                                      # (B, 1)
-    blocks = (L - 1) // traj.how.block_length + 1
+    block = torch.arange(traj.how.C, device=L.device) // length             # (C,)
+    blocks = (L - 1) // length + 1
     b = (rand(len(L), K).to(L.device) * blocks).long()[..., None]           # (B, K, 1)
     inside = among[:, None] & (block == b)
     l = 1 + (rand(len(L), K).to(L.device) * inside.sum(dim=2)).long()       # (B, K)
     s = places(rand, inside, l)
-    lower = s * (unit(traj) * L / (l * K))[..., None]
+    lower = s * (L.double() / (l * K))[..., None]
 
     def weigh(logp, rows):
-        v = s[rows] * logp.exp() ** power / l[rows, :, None]    # tau = l / L, and L cancels
+        v = s[rows] * logp.exp() ** power / l[rows, :, None]    # the share l / L; L cancels
         share = v / v.sum(dim=1, keepdim=True).clamp(min=1e-300)
         scored = s[rows].any(dim=1).sum(dim=1)[:, None, None]
-        upper = unit(traj) * L[rows, :, None] / scored * share
-        mixed = (1 - mix) * lower[rows] + mix * upper
+        upper = L[rows, :, None] / scored * share
+        mixed = (lower[rows] + upper) / 2
         return torch.where(A[rows, None, None] > 0, lower[rows], mixed)
     return States(s | (block > b), lower, A, weigh)
 
@@ -297,7 +302,6 @@ def forwards(name, cfg):
 
 # --- The variance of AGRPO's timestep samplers ------------------------------------------------
 
-FOLLOW = (*agrpo.FOLLOW, "true norm")
 POINTS = ("iid", "batch-strata", "strata", "systematic")
 SAMPLERS = [(follow, points) for follow in agrpo.FOLLOW for points in POINTS]
 SAMPLERS += [("true norm", "systematic"), ("surprise", "pooled")]
@@ -346,8 +350,7 @@ def pair_gradients(policy, traj, A):
     """
     m = traj.how.m
     params = [p for p in policy.model.parameters() if p.requires_grad]
-    acted = agrpo.per_step(traj, torch.ones_like(traj.entropy)) > 0
-    rows, steps = (acted & (A != 0)[:, None]).nonzero().unbind(dim=1)
+    rows, steps = every_pair(traj, A)
     g = torch.empty(len(rows), sum(p.numel() for p in params))
     for i in range(len(rows)):
         logp, _ = agrpo.step_logprobs(policy, traj, rows[i:i + 1], steps[i:i + 1])

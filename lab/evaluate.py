@@ -6,12 +6,11 @@
 Each number of steps is decoded greedily and as the rollouts sample; sampled cells are repeated
 with --seeds seeds over the same problems. Every graded batch is written at once, so the same
 command goes on after a kill, and may then ask for more steps, seeds or problems. Into --out
-[runs/eval-TASK-SEED] go generations.jsonl (every answer and its grade), eval.json (the table)
-and eval.png (accuracy against steps).
+[runs/eval-TASK-SEED] go generations.jsonl (every answer and its grade) and eval.json (the
+table).
 """
 import argparse
 import contextlib
-import io
 import json
 import sys
 from dataclasses import asdict, replace
@@ -41,7 +40,13 @@ def parse(argv):
     return cfg, own.seeds
 
 
-# --- Answers, on disk from the moment they are graded -----------------------------------------
+def decodings(cfg):
+    """Greedily at each of --steps, then as sampled: there and at --m, where that many fit."""
+    greedy = cfg.cells()[cfg.eval_sampled:]
+    steps = {cfg.m, *(how.m for how in greedy)} & {*agrpo.step_counts(cfg.C, cfg.block_length)}
+    sampled = [replace(cfg.how, m=m) for m in sorted(steps, reverse=True)]
+    return greedy + sampled * cfg.eval_sampled
+
 
 def place(record):
     """What tells one answer of an evaluation from the others."""
@@ -52,9 +57,9 @@ def read_back(path):
     """{place: record} of earlier calls. A last line that a kill cut short is dropped."""
     if not path.exists():
         return {}
-    whole, _, cut = path.read_bytes().rpartition(b"\n")
+    whole, newline, cut = path.read_bytes().rpartition(b"\n")
     if cut:
-        agrpo.write(path, whole + b"\n" if whole else b"")
+        agrpo.write(path, whole + newline)
     try:
         records = [json.loads(line) for line in whole.split(b"\n") if line]
         return {place(record): record for record in records}
@@ -67,21 +72,26 @@ def refuse_other_flags(path, flags):
     before = json.loads(path.read_bytes()) if path.exists() else {}
     for name in before:
         if name not in FREE and before[name] != flags.get(name):
-            was = (f"with --{name} {before[name]}, not {flags.get(name)}" if name != "weights"
-                   else "with other weights of the same name")
+            was = f"with --{name} {before[name]}, not {flags.get(name)}"
+            if name == "weights":
+                was = "with other weights of the same name"
             raise agrpo.UserError(f"--out {path.parent} was evaluated {was}: repeat its flags, "
                                   "or choose another --out")
     agrpo.write(path, agrpo.to_json(flags, indent=2))
 
 
 def grade_missing(policy, data, cfg, how, cell, kept, path):
-    """Write and grade the answers of one cell (who, seed, m, greedy) that `kept` lacks."""
-    missing = [i for i in range(min(cfg.eval_n, len(data))) if (*cell, i) not in kept]
+    """Write and grade the answers of one cell (who, seed, m, greedy) that `kept` lacks.
+
+    Returns the cell's records, those of the first --eval_n problems.
+    """
     who, seed, m, greedy = cell
+    places = [(*cell, i) for i in range(min(cfg.eval_n, len(data)))]
+    missing = [i for *_, i in places if (*cell, i) not in kept]
     for start in range(0, len(missing), cfg.rollout_batch):
         batch = missing[start:start + cfg.rollout_batch]
         if sys.stderr.isatty():
-            print(f"\r{who}, m = {m}: {start} of {len(missing)} ", end="\r", file=sys.stderr)
+            print(f"{who}, m = {m}: {start} of {len(missing)} ", end="\r", file=sys.stderr)
         # The keys of training's own evaluation: the same draws, the same numbers as its table.
         keys = [(seed, "evaluation", m, i) for i in batch]
         examples = [data[i] for i in batch]
@@ -91,16 +101,7 @@ def grade_missing(policy, data, cfg, how, cell, kept, path):
         with open(path, "ab") as f:
             f.write(b"".join(map(agrpo.to_json, new)))
         kept.update((place(record), record) for record in new)
-
-
-# --- The table --------------------------------------------------------------------------------
-
-def decodings(cfg):
-    """[(greedy, Decoding)]: greedily at each of --steps, then there and at --m as sampled."""
-    greedy = cfg.cells()[cfg.eval_sampled:]
-    steps = {cfg.m, *(how.m for how in greedy)} & {*agrpo.step_counts(cfg.C, cfg.block_length)}
-    sampled = [replace(cfg.how, m=m) for m in sorted(steps, reverse=True)] * cfg.eval_sampled
-    return [(True, how) for how in greedy] + [(False, how) for how in sampled]
+    return [kept[place] for place in places]
 
 
 def summarise(seeds, m, greedy):
@@ -121,69 +122,38 @@ def summarise(seeds, m, greedy):
     return row
 
 
-def draw(path, cfg, columns):
-    """Accuracy against denoising steps: base dashed, trained solid."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for who, rows in columns.items():
-        for greedy in sorted({row["greedy"] for row in rows}):
-            cells = sorted((r for r in rows if r["greedy"] == greedy), key=lambda r: r["m"])
-            y = [r["accuracy"] for r in cells]
-            error = [[max(0, r["accuracy"] - r["low"]) for r in cells],
-                     [max(0, r["high"] - r["accuracy"]) for r in cells]]
-            label = f"{who}, {'greedy' if greedy else 'sampled'}"
-            ax.errorbar([r["m"] for r in cells], y, error, capsize=2, marker="o", label=label,
-                        color="C0" if greedy else "C1", ls="--" if who == "base" else "-")
-    rows = columns["base"]
-    steps = sorted({row["m"] for row in rows})
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(steps, steps)
-    ax.set(xlabel="denoising steps m", ylabel="accuracy", ylim=(0, 1),
-           title=f"{cfg.task}, {rows[0]['n']} problems, 95 % intervals")
-    ax.legend()
-    blob = io.BytesIO()
-    fig.savefig(blob, dpi=120)
-    plt.close(fig)
-    agrpo.write(path, blob.getvalue())
-
-
 def run(cfg, seeds):
     """The whole evaluation -> exit code 0. Raises UserError."""
     out = Path(cfg.out)
     with agrpo.folder_of_my_own(out):
         data = tasks.load(cfg.task, "test", file=cfg.test_file or None, **cfg.options)
-        policy = agrpo.load_policy(cfg)
+        source, policy = data.source, agrpo.load_policy(cfg)
         flags = dict(asdict(cfg), weights=agrpo.fingerprint(policy.model, adapters=True))
         refuse_other_flags(out / "config.json", flags)
-        for line in (*policy.notes, f"held out: {data.source} | {out}"):
+        for line in (*policy.notes, f"held out: {source} | {out}"):
             agrpo.say(line)
-        source = data.source
         data = agrpo.short_enough(policy, data, cfg, "held-out")
         answers = out / "generations.jsonl"
         kept = read_back(answers)
-        columns = {who: [] for who in (("base", "trained") if cfg.adapter else ("base",))}
+        columns = {"base": [], "trained": []} if cfg.adapter else {"base": []}
         agrpo.say("\n steps sampling   base [95 % interval]"
                   + "    trained" * bool(cfg.adapter))
-        n = min(cfg.eval_n, len(data))
-        for greedy, how in decodings(cfg):
+        for how in decodings(cfg):
+            greedy = how.temperature == 0
             for who, rows in columns.items():
-                # A greedy decoding draws nothing: one seed is like another.
-                repeats = range(1 if greedy else seeds)
-                cells = [(who, cfg.seed + i, how.m, greedy) for i in repeats]
                 adapter_off = who == "base" and cfg.adapter
+                # A greedy decoding draws nothing: one seed is like another.
+                repeats = 1 if greedy else seeds
+                cells = [(who, cfg.seed + i, how.m, greedy) for i in range(repeats)]
                 with policy.reference() if adapter_off else contextlib.nullcontext():
-                    for cell in cells:
-                        grade_missing(policy, data, cfg, how, cell, kept, answers)
-                found = [[kept[(*cell, i)] for i in range(n)] for cell in cells]
+                    found = [grade_missing(policy, data, cfg, how, cell, kept, answers)
+                             for cell in cells]
                 rows.append(summarise(found, how.m, greedy))
             agrpo.say(agrpo.table_row(*(rows[-1] for rows in columns.values())))
         table = dict(config=flags, seeds=seeds, test_data=source, **columns)
         agrpo.write(out / "eval.json", agrpo.to_json(table, indent=2))
-        draw(out / "eval.png", cfg, columns)
-        agrpo.say(f"n = {n}; written to {out}: generations.jsonl eval.json eval.png")
+        n = columns["base"][0]["n"]
+        agrpo.say(f"n = {n}; written to {out}: generations.jsonl eval.json")
     return 0
 
 

@@ -5,6 +5,7 @@
     --seeds N   how many, counted from --seed [3]        --jobs N   processes of one thread each
     --show      print what is finished so far, compute nothing new
     --figures   put picture and printout into lab/figures too
+    --over k=1,2,6      what `sweep` varies: any flag, as unmasking=random,max_prob
 
 An experiment is cut into pieces. Each finished piece is a line of runs/lab/NAME.jsonl, so the
 same command goes on where it was stopped; delete the file to start again. runs/lab/NAME.txt is
@@ -22,6 +23,7 @@ import json
 import multiprocessing
 import os
 import platform
+import re
 import sys
 import textwrap
 import time
@@ -38,10 +40,9 @@ import agrpo
 import estimators
 import figures
 import tasks
-from estimators import ESTIMATORS, SAMPLERS
+from estimators import ESTIMATORS, NOTHING, SAMPLERS
 
-NOTHING = agrpo.Seen(torch.zeros(0), torch.zeros(0), torch.zeros(0), 0)
-EXPERIMENTS = {}                     # name -> (function, time, default flags, those of --quick)
+EXPERIMENTS = {}                       # name -> (function, time, its flags, those of --quick)
 
 
 def experiment(time, flags="", quick=""):
@@ -52,31 +53,30 @@ def experiment(time, flags="", quick=""):
     return register
 
 
-# ==============================================================================================
-# One run of one experiment: flags, pieces, tables, files
-# ==============================================================================================
-
 class Lab:
+    """One run of one experiment: flags, pieces, tables, files."""
+
     def __init__(self, name, argv):
         self.name, self.argv, self.began, self.lines = name, argv, time.time(), []
         function, minutes, flags, quick = EXPERIMENTS[name]
         parser = agrpo.Parser(
             prog=f"bash run.sh lab {name}", allow_abbrev=False, description=function.__doc__,
-            usage="%(prog)s [--flag value ...]",
             epilog=f"On 2 idle CPU cores: {minutes}. Further flags are agrpo.py's; here "
                    + " ".join(flags))
-        parser.add_argument("--quick", action="store_true", help="a minute or less")
-        parser.add_argument("--show", action="store_true", help="what is finished so far")
-        parser.add_argument("--figures", action="store_true", help="keep it in lab/figures too")
+        for flag, about in (("quick", "a minute or less"), ("show", "what is finished so far"),
+                            ("figures", "keep it in lab/figures too")):
+            parser.add_argument(f"--{flag}", action="store_true", help=about)
         parser.add_argument("--seeds", type=int, help="how many, counted from --seed [3]")
         parser.add_argument("--jobs", type=int, help="processes of one thread each [cores]")
+        parser.add_argument("--over", default="k=1,2,6", help="what sweep varies [k=1,2,6]")
         mine, rest = parser.parse_known_args(argv)
-        self.quick, self.show, self.keep = mine.quick, mine.show, mine.figures
+        self.quick, self.show, self.over = mine.quick, mine.show, mine.over
         # The tiny model on the CPU whatever the machine, so that numbers can be compared.
         self.flags = ["--out", "runs/lab", "--device", "cpu", "--model", "lab/tiny", *flags]
         self.flags += (quick if mine.quick else []) + rest
         cfg = self.config()
-        self.out = Path(cfg.out)
+        self.folders = [Path(cfg.out)] + [ROOT / "lab" / "figures"] * mine.figures
+        self.file = Path(cfg.out) / f"{name}.jsonl"
         self.jobs = mine.jobs or (1 if mine.quick else os.cpu_count())
         self.seeds = [cfg.seed + i for i in range(mine.seeds or (2 if mine.quick else 3))]
 
@@ -85,42 +85,36 @@ class Lab:
         return agrpo.parse(self.flags + [f"--{name}={value}" for name, value in swept.items()])
 
     def tasks(self):
-        """Countdown and Sudoku, unless a task was asked for or it should be quick."""
-        given = self.quick or any(flag.startswith("--task") for flag in self.argv)
-        return [self.config().task] if given else ["countdown", "sudoku"]
+        """The task that was asked for, or Countdown and Sudoku."""
+        asked = any(flag.startswith("--task") for flag in self.flags)
+        return [self.config().task] if asked else ["countdown", "sudoku"]
 
     def pieces(self, function, calls):
         """[function(*call) for call in calls], from NAME.jsonl where that has them; with --show
         None where it has not."""
-        path = self.out / f"{self.name}.jsonl"
+        done = {line["key"]: line["result"] for line in read_lines(self.file)}
         keys = [key_of(function, call) for call in calls]
-        done = {line["key"]: line["result"] for line in read_lines(path)}
-        missing = [i for i, key in enumerate(keys) if key not in done]
-        if missing and not self.show:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for n, (i, seconds, result) in enumerate(self.compute(function, calls, missing), 1):
-                line = dict(key=keys[i], what=label(function, calls[i]), seconds=seconds,
-                            result=result)
-                # Through JSON, so that a result just found is what a later run will read.
-                text = agrpo.to_json(line).decode()
-                cut = path.exists() and not path.read_text().endswith("\n")    # by a kill
-                with open(path, "a") as f:
-                    f.write("\n" * cut + text)
-                done[keys[i]] = json.loads(text)["result"]
-                print(f"    piece {n} of {len(missing)}: {line['what']}, {seconds:.0f} s",
-                      file=sys.stderr, flush=True)
+        missing = [(function, *at) for at in zip(calls, keys) if at[1] not in done]
+        for n, line in enumerate(() if self.show else self.compute(missing), 1):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            # It begins a line of its own, also after one that a kill cut short.
+            with open(self.file, "ab") as f:
+                f.write(b"\n" + agrpo.to_json(line))
+            # Through JSON, so that a result just found is what a later run will read.
+            done[line["key"]] = json.loads(agrpo.to_json(line["result"]))
+            print(f"    piece {n} of {len(missing)}: {line['what']}, {line['seconds']:.0f} s",
+                  file=sys.stderr, flush=True)
         return [done.get(key) for key in keys]
 
-    def compute(self, function, calls, missing):
-        """Yields (index, seconds, result) as they are finished. One thread each: for a model so
-        small, processes are quicker than threads."""
-        todo = [(function, calls[i], i) for i in missing]
-        if self.jobs == 1:
-            yield from map(timed, todo)
+    def compute(self, missing):
+        """Yields lines as they are finished, by processes of one thread each: for a model so
+        small, these are quicker than threads."""
+        if self.jobs == 1 or not missing:
+            yield from map(piece, missing)
             return
         spawn = multiprocessing.get_context("spawn")
-        with spawn.Pool(min(self.jobs, len(todo)), torch.set_num_threads, (1,)) as pool:
-            yield from pool.imap_unordered(timed, todo)
+        with spawn.Pool(min(self.jobs, len(missing)), torch.set_num_threads, (1,)) as pool:
+            yield from pool.imap_unordered(piece, missing)
 
     def over_seeds(self, function, variants):
         """{name: (flags, *more)} -> {name: [function(config of flags and seed, *more)]}"""
@@ -137,40 +131,44 @@ class Lab:
     def note(self, text):
         self.say("", *textwrap.wrap(text, 118, break_on_hyphens=False))
 
-    def table(self, head, *rows):
-        """Columns as wide as their widest cell, the first one left-aligned."""
-        wide = [max(len(str(cell)) for cell in column) for column in zip(head, *rows)]
-        for row in (head, *rows):
-            first, *others = (str(cell) for cell in row)
-            cells = [cell.rjust(w) for cell, w in zip(others, wide[1:])]
-            self.say("  ".join([first.ljust(wide[0]), *cells]))
+    def table(self, *rows):
+        """The first row is the head. Columns as wide as their widest cell, the first one
+        left-aligned."""
+        wide = [max(len(str(cell)) for cell in column) for column in zip(*rows)]
+        for first, *others in rows:
+            cells = [str(cell).rjust(w) for cell, w in zip(others, wide[1:])]
+            self.say("  ".join([str(first).ljust(wide[0]), *cells]))
 
-    def finish(self, **pictures):
-        """Write the printout and the pictures: suffix = (draw, height in inches)."""
-        folders = [self.out] + [ROOT / "lab" / "figures"] * self.keep
-        pieces = sum(line["seconds"] for line in read_lines(self.out / f"{self.name}.jsonl"))
-        seconds = max(pieces, time.time() - self.began)
+    def finish(self, pictures):
+        """Write the printout, and the pictures {file name: (draw, height in inches)}."""
+        pieces = sum(line["seconds"] for line in read_lines(self.file))
+        seconds, info = max(pieces, time.time() - self.began), Path("/proc/cpuinfo")
+        cpu = re.search("model name.*: (.+)", info.read_text() if info.exists() else "")
         flags = [flag for flag in self.argv if flag != "--show"]
         head = [" ".join(["$ bash run.sh lab", self.name, *flags]),
-                f"{seconds:.0f} s of computing; {cpu_name()}, {os.cpu_count()} cores; "
-                f"seeds {self.seeds}",
+                f"{seconds:.0f} s of computing; {cpu[1] if cpu else platform.machine()}, "
+                f"{os.cpu_count()} cores; seeds {self.seeds}",
                 ", ".join(f"{name} {version}" for name, version in agrpo.versions().items())]
-        for folder in folders:
+        for folder in self.folders:
             folder.mkdir(parents=True, exist_ok=True)
             text = "\n".join([*head, *self.lines, ""])
             agrpo.write(folder / f"{self.name}.txt", text.encode())
-            for suffix, (draw, height) in pictures.items():
-                name = self.name if suffix == "plain" else f"{self.name}_{suffix}"
+            for name, (draw, height) in pictures.items():
                 figures.save(folder / f"{name}.png", draw, height)
-        print(f"\nwritten to {' and '.join(map(str, folders))}: {self.name}.txt and pictures")
+        print(f"\nwritten to {' and '.join(map(str, self.folders))}: {self.name}.txt and "
+              "pictures")
 
 
-def timed(call):
-    function, arguments, i = call
+def piece(call):
+    """Compute one piece: its line of NAME.jsonl."""
+    function, arguments, key = call
+    cfg, *more = arguments
+    words = [function.__name__, cfg.task, f"m={cfg.m} k={cfg.k} lr={cfg.lr} seed={cfg.seed}"]
+    words += [str(x) for x in more if isinstance(x, (str, int))]
     began = time.time()
     with contextlib.redirect_stdout(io.StringIO()):             # agrpo.train prints a line
         result = function(*arguments)
-    return i, time.time() - began, result
+    return dict(key=key, what=" ".join(words), seconds=time.time() - began, result=result)
 
 
 def key_of(function, call):
@@ -183,25 +181,11 @@ def key_of(function, call):
     return blake2b(repr([function.__name__, *told]).encode(), digest_size=8).hexdigest()
 
 
-def label(function, call):
-    cfg, *more = call
-    flags = f"m={cfg.m} k={cfg.k} lr={cfg.lr} seed={cfg.seed}"
-    return " ".join([function.__name__, cfg.task, flags, *(str(x) for x in more
-                                                           if isinstance(x, (str, int)))])
-
-
 def read_lines(path):
     """The JSON lines of a file; one may be cut, by a kill."""
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):
             yield json.loads(line)
-
-
-def cpu_name():
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return [*names, platform.machine()][0]
 
 
 def spread(values, form=".1%"):
@@ -213,9 +197,7 @@ def spread(values, form=".1%"):
     return f"{np.mean(there):{form}} [{min(there):{form}}, {max(there):{form}}]{few}"
 
 
-# ==============================================================================================
-# The training that all experiments share
-# ==============================================================================================
+# --- The training that all experiments share --------------------------------------------------
 
 def load(cfg):
     """policy, training data, held-out data, trained parameters, their optimizer"""
@@ -230,65 +212,75 @@ def load(cfg):
 
 
 def learn(cfg, estimator, how=None):
-    """One training; held-out accuracy at five points of it, decoded as `how` [the rollouts].
-
-    Returns evals, greedy (max_prob at the end), and means of the log's numbers of all updates.
-    """
+    """One training: held-out accuracy at five points of it, decoded as `how` [the rollouts],
+    and greedily at the end."""
     policy, data, test, params, optimizer = load(cfg)
+    # Before the first update, then after each quarter of them.
     how, every = how or cfg.how, max(1, cfg.updates // 4)
-    history, evals, passes, seconds = [], [], 0, 0.0
+    evals, passes, seconds = [], 0, 0.0
 
-    def evaluate():
-        evals.append(dict(update=len(history), passes=passes, seconds=seconds,
+    def evaluate(update):
+        evals.append(dict(update=update, passes=passes, seconds=seconds,
                           accuracy=agrpo.evaluate(policy, test, cfg, how, cfg.eval_n)))
 
-    evaluate()
+    evaluate(0)
     gradient = ESTIMATORS[estimator]
     for now in agrpo.train(policy, data, cfg, params, optimizer, gradient=gradient):
-        history.append(now)
         passes += cfg.questions * cfg.G * cfg.m + 3 * now["pairs"]
         seconds += now["rollout_seconds"] + now["loss_seconds"]
         if now["update"] % every == 0 or now["update"] == cfg.updates:
-            evaluate()
+            evaluate(now["update"])
     how = replace(how, unmasking="max_prob", temperature=0.0)
-    greedy = agrpo.evaluate(policy, test, cfg, how, cfg.eval_n)
-    means = {name: float(np.mean([x[name] for x in history]))
-             for name in ("pairs", "dead_groups", "rollout_seconds", "loss_seconds")}
-    return dict(evals=evals, greedy=greedy, **means)
+    return dict(evals=evals, greedy=agrpo.evaluate(policy, test, cfg, how, cfg.eval_n))
 
 
 def last(run):
     return run and run["evals"][-1]["accuracy"]
 
 
-def learning(lab, title, variants):
-    """Train each of {name: (flags, estimator)} on every seed and tabulate. -> {name: [runs]}"""
-    runs = lab.over_seeds(learn, variants)
-    cfg = lab.config(**next(iter(variants.values()))[0])
-    lab.note(f"held-out accuracy, sampled as the rollouts are; {cfg.task}, m = {cfg.m}, "
-             f"n = {cfg.eval_n}, {cfg.questions} x {cfg.G} rollouts an update, seeds "
-             f"{lab.seeds}: mean [lowest, highest]")
-    lab.table((title, *LEARNING), *((name, *learning_row(runs[name])) for name in variants))
-    return runs
-
-
 LEARNING = ("base", "trained", "then greedily", "updates", "passes", "s/update")
 
 
 def learning_row(runs):
-    there = [run for run in runs if run]
+    there = [run["evals"] for run in runs if run]
     if not there:
         return ["not run"] * len(LEARNING)
-    ends, base = [run["evals"][-1] for run in there], there[0]["evals"][0]["accuracy"]
-    passes, seconds = (np.mean([end[x] for end in ends]) for x in ("passes", "seconds"))
-    updates, greedy = ends[0]["update"], [run and run["greedy"] for run in runs]
-    return (f"{base:.1%}", spread([last(run) for run in runs]), spread(greedy), updates,
-             f"{passes:,.0f}", f"{seconds / updates:.2f}")
+    updates, passes, seconds = (np.mean([evals[-1][x] for evals in there])
+                                for x in ("update", "passes", "seconds"))
+    return (f"{there[0][0]['accuracy']:.1%}", spread([last(run) for run in runs]),
+            spread([run and run["greedy"] for run in runs]), f"{updates:.0f}",
+            f"{passes:,.0f}", f"{seconds / updates:.2f}")
 
 
-# ==============================================================================================
-# variance: how noisy is the estimate, for every timestep sampler and k? Is it unbiased?
-# ==============================================================================================
+def accuracy_lines(panels, x, **more):
+    """{title: {name: [evals of a run, for each seed]}} -> accuracy against update or passes"""
+    def numbers(runs, key):
+        points = min(map(len, runs))                            # one run may be the longer
+        return np.array([[e[key] for e in evals[:points]] for evals in runs])
+    drawn = {title: {name: (numbers(runs, x).mean(axis=0), numbers(runs, "accuracy"))
+                     for name, runs in named.items()} for title, named in panels.items()}
+    return figures.lines(drawn, x, "held-out accuracy", **more), 3.0
+
+
+@experiment("10 minutes a value", "--m 12 --k 2 --updates 60 --questions 10 --eval_n 400",
+            "--m 6 --updates 2 --questions 3 --eval_n 20")
+def sweep(lab):
+    """Learning with each value of a flag, as --over k=1,2,6: what do more timesteps buy?"""
+    flag, _, values = lab.over.partition("=")
+    # Every value with every seed; AGRPO's own gradient.
+    runs = lab.over_seeds(learn, {f"{flag} = {value}": ({flag: value}, "AGRPO")
+                                  for value in values.split(",")})
+    cfg = lab.config()
+    lab.note(f"held-out accuracy, sampled as the rollouts are; {cfg.task}, m = {cfg.m}, "
+             f"n = {cfg.eval_n}, {cfg.questions} x {cfg.G} rollouts an update, seeds "
+             f"{lab.seeds}: mean [lowest, highest]")
+    lab.table(("", *LEARNING), *((name, *learning_row(found)) for name, found in runs.items()))
+    evals = {name: [run["evals"] for run in found if run]
+             for name, found in runs.items() if any(found)}
+    lab.finish(dict(sweep=accuracy_lines({cfg.task: evals}, "passes")) if evals else {})
+
+
+# --- variance: how noisy is the estimate, for every timestep sampler and k? Is it unbiased? ---
 
 def variance_cell(cfg, ms, draws):
     """Every sampler, m and k on one batch of rollouts each.
@@ -299,8 +291,7 @@ def variance_cell(cfg, ms, draws):
     """
     policy, data, _, params, optimizer = load(cfg)
     if cfg.lora_r:                     # fresh LoRA has B = 0, and A no gradient
-        for _ in agrpo.train(policy, data, cfg, params, optimizer):
-            pass
+        list(agrpo.train(policy, data, cfg, params, optimizer))
     found = []
 
     def measure(policy, traj, A, cfg, rand):
@@ -327,12 +318,16 @@ def variance_cell(cfg, ms, draws):
     for m in ms:
         torch.manual_seed(cfg.seed)
         one = replace(cfg, m=m, updates=cfg.updates + 1)
-        for _ in agrpo.train(policy, data, one, params, optimizer, cfg.updates, measure):
-            pass
+        list(agrpo.train(policy, data, one, params, optimizer, cfg.updates, measure))
     return found
 
 
-@experiment("6 minutes", "--questions 8 --updates 20 --k 1", "--questions 3 --G 4 --updates 2")
+SHOWN = {"uniform, iid": "uniform, iid", "official": "entropy, batch-strata",
+         "ours": "surprise, systematic"}                        # in the picture
+
+
+@experiment("6 minutes", "--questions 8 --updates 20 --k 1",
+            "--task countdown --questions 3 --G 4 --updates 2")
 def variance(lab):
     """Relative variance of the estimate against the exact gradient of all steps, for every
     timestep sampler, k and m; of all parameters of the base model, and LoRA after --updates."""
@@ -343,60 +338,59 @@ def variance(lab):
         f"{task}, {kind}": (dict(task=task, **hard.get(task, {}), **flags),
                             ms.get(task, (4,))[:1 if lab.quick else 3], draws)
         for task in lab.tasks() for kind, flags in kinds.items()})
-    batches = [found for seeds in results.values() for found in seeds if found]
-    results = {cell: list(itertools.chain(*filter(None, seeds)))
-               for cell, seeds in results.items()}
-    names = [", ".join(sampler) for sampler in SAMPLERS]
+    # One record for each sampler, m and k, with the batch of rollouts that it is of.
+    everything = [dict(x, cell=cell, batch=f"{cell}, {seed}") for cell, seeds in results.items()
+                  for seed, found in enumerate(seeds) for x in found or ()]
+    usual = [x for x in everything if x["k"] in (1, 2, 4) and x["k"] < x["m"]]
+    names, panels = [", ".join(sampler) for sampler in SAMPLERS], {}
 
-    def get(rows, name, m, k, field="variance"):
-        return np.array([x[field] for x in rows
-                         if (x["sampler"], x["m"], x["k"]) == (name, m, k)])
+    def get(field, **which):
+        return np.array([x[field] for x in everything if which.items() <= x.items()])
 
-    def plus_minus(values):
-        return f"{values.mean():.3f}+-{values.std():.2f}"
-
-    for cell, rows in results.items():
-        at = sorted({(x["m"], x["k"]) for x in rows if x["k"] in (2, 4) and x["k"] < x["m"]})
+    for cell in dict.fromkeys(x["cell"] for x in usual):
+        at = sorted({(x["m"], x["k"]) for x in usual if x["cell"] == cell and x["k"] > 1})
+        rows = []
+        for name in names:
+            values = [get("variance", cell=cell, sampler=name, m=m, k=k) for m, k in at]
+            m, k = at[-1]
+            passes = get("states", cell=cell, sampler=name, m=m, k=k).mean()
+            rows.append((name, *(f"{v.mean():.3f}+-{v.std():.2f}" for v in values),
+                         f"{passes:.2f}"))
         lab.note(f"{cell}: relative variance |g_hat - g|^2 / |g|^2, mean over {len(lab.seeds)} "
                  "batches +- their spread; last column: forward passes a row in the one before "
                  "it, equal draws merged")
-        lab.table(("p_t, points", *(f"m={m} k={k}" for m, k in at), "passes"), *(
-            (name, *(plus_minus(get(rows, name, *mk)) for mk in at),
-             f"{get(rows, name, *at[-1], 'states').mean():.2f}") for name in names if at))
+        lab.table(("p_t, points", *(f"m={m} k={k}" for m, k in at), "passes"), *rows)
+        ks = [k for k in (1, 2, 4, 8) if k < m]
+        panels[f"{cell}\nm = {m}".replace(", ", "\n")] = {
+            title: (ks, np.stack([get("variance", cell=cell, sampler=name, m=m, k=k)
+                                  for k in ks], axis=1)) for title, name in SHOWN.items()}
 
-    def log_mean(rows, name, price):
-        return np.mean([np.log(x["variance"] * x["states"] ** price) for x in rows
-                        if x["k"] in (1, 2, 4) and x["k"] < x["m"] and x["sampler"] == name])
+    batches = sorted({x["batch"] for x in usual})
 
+    # Batches differ by more than samplers do: so a ratio within each batch, then their mean.
     def against_official(name, price):
-        logs = [log_mean(rows, name, price) - log_mean(rows, "entropy, batch-strata", price)
-                for rows in batches]
-        return f"{np.exp(np.mean(logs)):.2f} [{np.exp(min(logs)):.2f}, {np.exp(max(logs)):.2f}]"
+        logs = [[np.mean([np.log(x["variance"] * x["states"] ** price) for x in usual
+                          if (x["batch"], x["sampler"]) == (batch, who)]) for batch in batches]
+                for who in (name, SHOWN["official"])]
+        ratio = np.exp(np.subtract(*logs))
+        mean = np.exp(np.log(ratio).mean())
+        return f"{mean:.2f} [{ratio.min():.2f}, {ratio.max():.2f}]"
     lab.note(f"all {len(batches)} batches, k in 1, 2, 4: geometric mean of the variance in "
-             "units of the official sampler's (entropy, batch-strata) [lowest, highest batch]; "
+             f"units of the official sampler's ({SHOWN['official']}) [lowest, highest batch]; "
              "per pass: variance x forward passes, which merged draws save")
     lab.table(("p_t, points", "variance", "per pass"), *(
         (name, against_official(name, 0), against_official(name, 1))
         for name in names if batches))
-    everything = itertools.chain(*batches)
-    z = np.array([abs(x["bias"] / x["error"]) for x in everything if x["error"] > 1e-9])
-    lab.note(f"bias along g in standard errors, {len(z)} estimates: median {np.median(z):.2f} "
-             f"(0.67 expected of none), beyond 2: {np.mean(z > 2):.1%} (5 %)")
-    shown = {"uniform, iid": "uniform, iid", "entropy, batch-strata": "official",
-             "surprise, systematic": "ours"}
-    panels = {}
-    for cell, rows in results.items():
-        m = max(x["m"] for x in rows)
-        ks = [k for k in (1, 2, 4, 8) if k < m]
-        panels[f"{cell}\nm = {m}".replace(", ", "\n")] = ks, {
-            title: np.stack([get(rows, name, m, k) for k in ks], axis=1)
-            for name, title in shown.items()}
-    lab.finish(plain=(figures.log_lines(panels, "k", "relative variance"), 3.2))
+    z = [abs(x["bias"] / x["error"]) for x in everything if x["error"] > 1e-9]
+    if z:
+        lab.note(f"bias along g in standard errors, {len(z)} estimates: median "
+                 f"{np.median(z):.2f} (0.67 expected of none), beyond 2: "
+                 f"{np.mean(np.array(z) > 2):.1%} (5 %)")
+    picture = figures.lines(panels, "k", "relative variance", "xy"), 3.2
+    lab.finish(dict(variance=picture) if panels else {})
 
 
-# ==============================================================================================
-# compare: the estimators of the field against the exact gradient, and learning with each
-# ==============================================================================================
+# --- compare: the estimators of the field against the exact gradient, and learning with each --
 
 CERTAIN = ("every step", "step-merge", "EGSPO", "TraceRL")      # no draws: one says all
 WARM = 0.6                             # the other T of "scored at T = 1"
@@ -410,6 +404,7 @@ def directions(cfg, names, batches, draws):
     """
     cfg = replace(cfg, updates=batches, lora_r=0)
     policy, data, _, params, optimizer = load(cfg)
+    # Sums, not cosines: those of several seeds add up to the numbers of all their batches.
     zero = dict.fromkeys(("dot", "gg", "ee", "square", "mean_square", "states"), 0.0)
     sums, total = {name: dict(zero, cosine=[]) for name in names}, dict.fromkeys(names, 0.0)
     total["g"] = 0.0
@@ -440,8 +435,8 @@ def directions(cfg, names, batches, draws):
             s["cosine"] += [torch.cosine_similarity(x, g, dim=0).item() for x in es]
         return NOTHING
 
-    for _ in agrpo.train(policy, data, cfg, params, optimizer, gradient=measure):
-        pass
+    list(agrpo.train(policy, data, cfg, params, optimizer, gradient=measure))
+    # Of the product of two totals, what is left without its terms of one batch.
     g = total["g"]
     for name, s in sums.items():
         e = total[name]
@@ -475,35 +470,6 @@ def angles(parts):
                 states=s["states"] / len(parts))
 
 
-def compare_gradients(lab):
-    """The tables of angles. Returns {m: {name: [part per seed]}}."""
-    names = ["every step", "AGRPO", "official", *estimators.RECIPES]
-    batches, draws = (2, 2) if lab.quick else (12, 2)
-    ms, found = {4: 2} if lab.quick else {2: 1, 4: 2, 12: 4}, {}
-    for (m, k), T in itertools.product(ms.items(), ("", WARM)):
-        flags = dict(m=m, k=k, temperature=T) if T else dict(m=m, k=k)
-        who = ["AGRPO", "scored at T = 1"] if T else names
-        calls = [(lab.config(seed=seed, **flags), who, batches, draws) for seed in lab.seeds]
-        parts = [part for part in lab.pieces(directions, calls) if part]
-        for name in who if parts else ():
-            shown = f"{name}, T = {T}" if T else name
-            found.setdefault(m, {})[shown] = [part[name] for part in parts]
-    for m, rows in found.items():
-        cfg = lab.config(m=m, k=ms[m])
-        lab.note(f"m = {m}, k = {ms[m]}; {cfg.task}, all parameters of the base model, "
-                 f"{len(lab.seeds)} seeds x {batches} batches of {cfg.questions * cfg.G} "
-                 f"rollouts, {draws} draws on each")
-        lab.table(("estimator", "states", "one", "mean", "bias", "variance", "x states",
-                   "expected", "reach"), *((name, *angle_row(rows[name])) for name in rows))
-    lab.note("states: forward passes of the loss a row. Cosines to the exact gradient of the "
-             "same rollouts: one, of a single estimate; mean, of the estimates' mean, known to "
-             "about 0.02, so that a bias (its sine) under 0.2 may be none. variance: noise of "
-             "the estimate's own draws in units of |g|^2; x states: per forward. Cosines to "
-             "the policy gradient over other rollouts: expected, of the mean; reach, of one "
-             "estimate on one batch. [lowest, highest] of the seeds")
-    return found
-
-
 def angle_row(parts):
     x, each = angles(parts), [angles([part]) for part in parts]
 
@@ -516,13 +482,47 @@ def angle_row(parts):
             seeds("reach"))
 
 
+def compare_gradients(lab):
+    """The tables of angles, one for each m. Returns what `figures.dots` draws of them."""
+    names = ["every step", "AGRPO", "official", *estimators.RECIPES]
+    batches, draws = (2, 2) if lab.quick else (12, 2)
+    ms, panels = {4: 2} if lab.quick else {2: 1, 4: 2, 12: 4}, {}
+    for m, k in ms.items():
+        rows = {}
+        for T, who in (("", names), (WARM, ["AGRPO", "scored at T = 1"])):
+            flags = dict(m=m, k=k, temperature=T) if T else dict(m=m, k=k)
+            calls = [(lab.config(seed=seed, **flags), who, batches, draws)
+                     for seed in lab.seeds]
+            parts = [part for part in lab.pieces(directions, calls) if part]
+            for name in who if parts else ():
+                shown = f"{name}, T = {T}" if T else name
+                rows[shown] = [part[name] for part in parts]
+        if not rows:
+            continue
+        cfg = lab.config(m=m, k=k)
+        lab.note(f"m = {m}, k = {k}; {cfg.task}, all parameters of the base model, "
+                 f"{len(lab.seeds)} seeds x {batches} batches of {cfg.questions * cfg.G} "
+                 f"rollouts, {draws} draws on each")
+        lab.table(("estimator", "states", "one", "mean", "bias", "variance", "x states",
+                   "expected", "reach"), *((name, *angle_row(rows[name])) for name in rows))
+        found = {name: angles(parts) for name, parts in rows.items()}
+        panels[f"m = {m}"] = {name: ([x["one"]], x["mean"]) for name, x in found.items()}
+    lab.note("states: forward passes of the loss a row. Cosines to the exact gradient of the "
+             "same rollouts: one, of a single estimate; mean, of the estimates' mean, known to "
+             "about 0.02, so that a bias (its sine) under 0.2 may be none. variance: noise of "
+             "the estimate's own draws in units of |g|^2; x states: per forward. Cosines to "
+             "the policy gradient over other rollouts: expected, of the mean; reach, of one "
+             "estimate on one batch. [lowest, highest] of the seeds")
+    return panels
+
+
 ORDER = ["AGRPO", "ELBO", "one-step", "step-merge", "EGSPO", "coupled", "ESPO", "SPG", "RLDF",
          "GDPO", "wd1", "GDSD", "TraceRL", "official", "JustGRPO", "every step"]
 
 
 def compare_learning(lab, task):
     """Learning at equal forward passes: all learning rates with the first seed, the best one
-    with every seed. Returns {name: [run per seed]}."""
+    with every seed. Returns {name: [run per seed]} of what has been run."""
     hard = dict(unmasking="random") if task == "sudoku" else {}
     cfg = lab.config(task=task, **hard)
     names = ["AGRPO", "ELBO", "JustGRPO"] if lab.quick else ORDER
@@ -535,6 +535,7 @@ def compare_learning(lab, task):
         if name == "JustGRPO":         # a way of its own to write; evaluated as the others
             flags.update(block_length=1, m=cfg.C, k=1, divide_by_std=True)
             name, how = "every step", [cfg.how]
+        # What an update costs decides how many there are.
         own = lab.config(**hard | flags)
         passes = rows * (own.m + 3 * estimators.forwards(name, own))
         own.updates = max(1, round(budget / passes))
@@ -543,13 +544,14 @@ def compare_learning(lab, task):
     runs, table = {}, []
     for name in names:
         first = lab.pieces(learn, [call(name, lr, lab.seeds[0]) for lr in rates])
+        # Picked on the first seed's accuracy, for each estimator alike.
         best = max(range(len(rates)), key=lambda i: last(first[i]) or -1.0)
         others = [call(name, rates[best], seed) for seed in lab.seeds[1:]]
         found = [first[best], *lab.pieces(learn, others)]
         tried = ["not run" if run is None else f"{last(run):.1%}" for run in first]
         table.append((name, f"{rates[best]:.2g}", *learning_row(found), *tried))
         if any(found):
-            runs[name] = found
+            runs[name] = [run for run in found if run]
     lab.note(f"{task}: held-out accuracy after about {budget:,} forward passes (dead groups "
              f"and merged steps save some), m = {cfg.m}, n = {cfg.eval_n}, {rows} rollouts an "
              f"update, LoRA, seeds {lab.seeds}: mean [lowest, highest]. lr: the best for the "
@@ -560,136 +562,39 @@ def compare_learning(lab, task):
 
 @experiment("3 hours, in pieces",
             "--m 4 --k 2 --questions 10 --updates 60 --eval_n 400 --lr 1e-3",
-            "--updates 2 --questions 3 --eval_n 20")
+            "--task countdown --updates 2 --questions 3 --eval_n 20")
 def compare(lab):
     """Every estimator of lab/estimators.py: cosine to the exact gradient, bias and variance
     apart; then learning at equal forward passes, each at the best of three learning rates."""
     lab.say("Recipes and their sources: lab/estimators.py. JustGRPO: block_length 1, every "
             "step, std; its gradient is AGRPO's.")
-    found, pictures = compare_gradients(lab), {}
-    if found:
-        dots = {f"m = {m}": {name: angles(parts) for name, parts in rows.items()}
-                for m, rows in found.items()}
-        pictures["plain"] = figures.angle_dots(dots), 4.6
-    runs = {task: runs for task in lab.tasks() if (runs := compare_learning(lab, task))}
-    if runs:
-        dots = {task: {name: [last(run) for run in seeds if run]
-                       for name, seeds in these.items()} for task, these in runs.items()}
-        base = {task: next(run["evals"][0]["accuracy"] for seeds in these.values()
-                           for run in seeds if run) for task, these in runs.items()}
-        pictures["learning"] = figures.accuracy_dots(dots, base), 3.8
-    lab.finish(**pictures)
+    pictures, panels = {}, compare_gradients(lab)
+    if panels:
+        draw = figures.dots(panels, "cosine to the exact gradient",
+                            "one estimate: bias and noise", "the estimates' mean: bias is left")
+        pictures["compare"] = draw, 4.6
+    panels, base = {}, {}
+    for task in lab.tasks():
+        runs = compare_learning(lab, task)
+        ends = {name: [last(run) for run in seeds] for name, seeds in runs.items()}
+        for name in sorted(ends, key=lambda name: -np.mean(ends[name])):
+            panels.setdefault(task, {})[name] = ends[name], np.mean(ends[name])
+            base[task] = runs[name][0]["evals"][0]["accuracy"]
+    if panels:
+        draw = figures.dots(panels, "held-out accuracy   (dashed: before training)", "a seed",
+                            "their mean", base)
+        pictures["compare_learning"] = draw, 3.8
+    lab.finish(pictures)
 
 
-# ==============================================================================================
-# k, order, steps, cost
-# ==============================================================================================
-
-@experiment("25 minutes", "--m 12 --k 2 --updates 60 --questions 10 --eval_n 400",
-            "--m 4 --updates 2 --questions 3 --eval_n 20")
-def k(lab):
-    """What does a larger k buy, at equal updates and at equal forward passes? The largest is
-    every step: k = m points through a uniform p_t hit each step once, with weight 1."""
-    cfg = lab.config()
-    m, passes = cfg.m, cfg.updates * (cfg.m + 3 * cfg.k)
-    flags = {f"k = {n}": dict(k=n) for n in sorted({1, 2, m // 2})}
-    flags[f"all {m}"] = dict(k=m, follow="uniform")
-    learning(lab, "equal updates", {name: (its, "AGRPO") for name, its in flags.items()})
-    equal = {name: dict(its, updates=max(1, round(passes / (m + 3 * its["k"]))))
-             for name, its in flags.items()}
-    runs = learning(lab, "equal passes", {name: (its, "AGRPO") for name, its in equal.items()})
-    lab.finish(plain=(figures.learning_lines(runs, "passes"), 3.0))
-
-
-@experiment("15 minutes", "--m 4 --k 2 --updates 150 --eval_n 400",
-            "--updates 2 --questions 3 --eval_n 20")
-def order(lab):
-    """Learning with every order of unmasking, evaluated as it samples, and greedy max_prob."""
-    runs = learning(lab, "order of unmasking",
-                    {rule: (dict(unmasking=rule), "AGRPO") for rule in agrpo.UNMASKING})
-    lab.finish(plain=(figures.learning_lines(runs, "update"), 3.0))
-
-
-def accuracy_at_every_m(cfg, train):
-    """[(m, greedy, share right)] of the model of cfg, after training it if asked to."""
-    policy, data, test, params, optimizer = load(cfg)
-    for _ in agrpo.train(policy, data, cfg, params, optimizer) if train else ():
-        pass
-    greedy = cfg.cells()[1:]
-    sampled = [replace(cfg.how, m=how.m) for how in greedy]
-    return [(how.m, how.temperature == 0, agrpo.evaluate(policy, test, cfg, how, cfg.eval_n))
-            for how in greedy + sampled]
-
-
-@experiment("5 minutes", "--updates 150 --eval_n 500", "--updates 2 --questions 3 --eval_n 20")
-def steps(lab):
-    """Accuracy against denoising steps, base and trained: how many fewer at equal accuracy?
-    --adapter A,B,... takes adapters of finished runs; without it one is trained per seed."""
-    cfg, n = lab.config(), lab.config().eval_n
-    folders = [folder for folder in cfg.adapter.split(",") if folder]
-    calls = [(replace(cfg, adapter=folder), False) for folder in ["", *folders]]
-    calls += [] if folders else [(lab.config(seed=seed), True) for seed in lab.seeds]
-    base, *trained = ({(m, greedy): share for m, greedy, share in found}
-                      for found in lab.pieces(accuracy_at_every_m, calls) if found)
-    lab.note(f"held-out accuracy against denoising steps; {cfg.task}, C = {cfg.C}, n = {n}; "
-             f"base: 95 % interval; trained at m = {cfg.m}, {len(trained)} adapters: mean "
-             "[lowest, highest]. faster: how many times more steps the base needs to be as "
-             "accurate; surely: so for the upper end of its interval and the lowest adapter")
-    panels = {}
-    for greedy, way in ((True, "greedy"), (False, "sampled")):
-        rows, ms = [], sorted(m for m, g in base if g == greedy)
-        low, high = ({m: agrpo.wilson(base[m, greedy] * n, n)[i] for m in ms} for i in (0, 1))
-        for m in reversed(ms):
-            mine = [t[m, greedy] for t in trained]
-            fast = next((b for b in ms if base[b, greedy] >= np.mean(mine)), None)
-            sure = next((b for b in ms if high[b] >= min(mine)), None)
-            times = [f"{b / m:.1f}x" if b else f"never, > {ms[-1] / m:.1f}x"
-                     for b in (fast, sure)]
-            share = f"{base[m, greedy]:.1%} [{low[m]:.1%}, {high[m]:.1%}]"
-            rows.append((m, share, spread(mine), *times))
-        lab.table((f"steps, {way}", "base", "trained", "faster", "surely"), *rows)
-        panels[way] = ms, {"base": np.array([[base[m, greedy] for m in ms]]),
-                           "trained": np.array([[t[m, greedy] for m in ms] for t in trained])}
-    draw = figures.log_lines(panels, "denoising steps", "held-out accuracy", log_y=False)
-    lab.finish(plain=(draw, 3.0))
-
-
-@experiment("3 minutes", "--updates 6 --eval_n 1", "--updates 2 --questions 3")
-def cost(lab):
-    """Where do the seconds of an update go? One configuration after the other: let nothing else
-    run on the machine."""
-    lab.jobs = 1
-    varied = [{}, dict(C=24), dict(C=48), dict(m=4), dict(m=12), dict(m=12, k=4),
-              dict(m=12, k=12, follow="uniform"), dict(G=4), dict(G=16)]
-    cfgs = [lab.config(**flags) for flags in varied[:2 if lab.quick else None]]
-    lab.note(f"seconds per update of {cfgs[0].questions} questions, {torch.get_num_threads()} "
-             "thread(s); passes: forward passes (a state of the loss: 3); states: (row, step) "
-             "pairs of the loss; dead: groups skipped; merged: steps drawn twice, paid once")
-    rows = []
-    for cfg, run in zip(cfgs, lab.pieces(learn, [(cfg, "AGRPO") for cfg in cfgs])):
-        if run:
-            alive = cfg.questions * cfg.G * (1 - run["dead_groups"])
-            roll, loss = run["rollout_seconds"], run["loss_seconds"]
-            merged = max(0.0, 1 - run["pairs"] / max(1.0, alive * cfg.k))
-            rows.append((f"{cfg.C} {cfg.m} {cfg.k} {cfg.G}", f"{roll:.3f}", f"{loss:.3f}",
-                         f"{roll / (roll + loss):.0%}", f"{run['pairs']:.0f}",
-                         f"{run['evals'][-1]['passes'] / cfg.updates:.0f}",
-                         f"{run['dead_groups']:.0%}", f"{merged:.0%}"))
-    lab.table(("C m k G", "rollout", "loss", "rollout's share", "states", "passes", "dead",
-               "merged"), *rows)
-    lab.finish()
-
-
-# ==============================================================================================
-# Pictures that explain, and finished runs in one picture
-# ==============================================================================================
+# --- Pictures that explain, and finished runs in one picture ----------------------------------
 
 def some_rollout(cfg, which=22):
     """policy, trajectory of one problem, the row to show, its title"""
     policy, _, test, *_ = load(cfg)
     keys = [(cfg.seed, "picture", i) for i in range(cfg.G)]
     traj, _, grades = agrpo.write_answers(policy, [test[which]], keys, cfg, cfg.how)
-    # A right one, and of those the one with the most to decide.
+    # Of its G answers a right one, and of those the one with the most to decide.
     row = max(range(len(keys)), key=lambda i: (grades[i].correct, traj.entropy[i].sum().item()))
     about = ", ".join(f"{name} {value}" for name, value in test[which].items()
                       if len(str(value)) < 30)
@@ -712,14 +617,14 @@ def rollout(lab):
     lab.table(("step", "drew", "log p", "p_t", "w"), *(
         (t, " ".join(name for name, step in zip(names, step_of) if step == t),
          f"{logp[t]:.2f}", f"{p[t]:.3f}", f"{drawn.get(t, 0):.2f}") for t in range(cfg.m)))
-    lab.finish(plain=(figures.rollout_grid(traj, row, names, p, drawn, title), 4.2))
+    lab.finish(dict(rollout=(figures.rollout_grid(traj, row, names, p, drawn, title), 4.2)))
 
 
 @experiment("seconds", "--m 4 --k 2 --questions 1")
 def masks(lab):
     """Which states one-step, ELBO and AGRPO score, of one rollout: strips of masks."""
     cfg = lab.config()
-    policy, traj, row, title = some_rollout(cfg)
+    policy, traj, row, _ = some_rollout(cfg)
     A = torch.ones(len(traj.o), dtype=torch.float64)
     rand = agrpo.row_random([(cfg.seed, "masks", i) for i in range(len(A))])
     strips = []
@@ -730,13 +635,13 @@ def masks(lab):
             (estimators.step_merge, cfg.m, f"AGRPO, its m = {cfg.m} steps: the states that "
                                            "were there, the tokens that each drew")):
         states = recipe(policy, traj, A, replace(cfg, k=k), rand)
-        strips.append((about, states.hidden[row], states.w[row] / estimators.unit(traj)))
+        strips.append((about, states.hidden[row], states.w[row]))
         lab.say(about)
         for hidden, w in zip(*strips[-1][1:]):
             cells = [f"{x:4.1f}" if x else " [M]" if h else "   ." for h, x in zip(hidden, w)]
             lab.say("    " + " ".join(cells))
     names = figures.token_names(policy, traj.o[row])
-    lab.finish(plain=(figures.mask_strips(strips, names), 3.6))
+    lab.finish(dict(masks=(figures.mask_strips(strips, names), 3.6)))
 
 
 def curves(argv):
@@ -753,12 +658,14 @@ def curves(argv):
             raise agrpo.UserError(f"{folder} has no summary.json: curves wants folders of "
                                   "finished runs, as runs/countdown-0")
         run = json.loads((folder / "summary.json").read_text())
-        panels.setdefault(f"{run['task']}, m = {run['evals'][0]['m']}", []).append(run["evals"])
+        title = f"{run['task']}, m = {run['evals'][0]['m']}"
+        panels.setdefault(title, {}).setdefault("trained", []).append(run["evals"])
+    picture = accuracy_lines(panels, "update", dashed="the base model")
     for folder in [args.out] + [ROOT / "lab" / "figures"] * args.figures:
-        figures.save(folder / "curves.png", figures.run_curves(panels), 3.0)
-    for title, runs in panels.items():
-        first, end = ([run[i]["accuracy"] for run in runs] for i in (0, -1))
-        print(f"{title}: {spread(first)} -> {spread(end)}, {len(runs)} seed(s): mean [lowest, "
+        figures.save(folder / "curves.png", *picture)
+    for title, named in panels.items():
+        first, end = ([run[i]["accuracy"] for run in named["trained"]] for i in (0, -1))
+        print(f"{title}: {spread(first)} -> {spread(end)}, {len(first)} seed(s): mean [lowest, "
               "highest]")
     print(f"written: {args.out}/curves.png")
     return 0

@@ -5,15 +5,14 @@
 
 What it is: ModernBERT, 4 layers of width 128 (0.9 M parameters), one token per number or word,
 pretrained with LLaDA's masked-diffusion loss (arXiv 2502.09992, eq. 3) on right answers to two
-tasks, Countdown and 4x4 Sudoku. It goes through the very code path of LLaDA-8B: a model and a
-tokenizer from a folder, a chat template, the prompts and the checkers of tasks.py.
+tasks, Countdown and 4x4 Sudoku. It goes through the very code path of LLaDA-8B.
 
 Why this makes a good first experiment: a problem has several right answers, 2 + 3 or 3 + 2 at
-the least, and a model this small is unsure of some. Revealed one token a step, each token is
-chosen in the light of the ones before. Revealed several a step, they are drawn alone and
-mix different answers into a wrong one. Pretraining cannot mend that (its loss never sees two
-tokens chosen together); a policy gradient at few steps can, by making the model commit to one
-answer. That is the paper's "faster inference" in small.
+the least. Revealed one token a step, each token is chosen in the light of the ones before.
+Revealed several a step, they are drawn alone and mix different answers into a wrong one.
+Pretraining cannot mend that (its loss never sees two tokens chosen together); a policy gradient
+at few steps can, by making the model commit to one answer. That is the paper's "faster
+inference" in small.
 
 Held-out problems stay held out: problems come from the train split of tasks.py, whose split is
 a hash of the problem itself (numbers and target, or solution grid), the same for every seed.
@@ -35,8 +34,8 @@ import tasks
 # The sizes every default of `run.sh countdown` and `run.sh sudoku` on the tiny model assumes.
 COUNTDOWN = dict(numbers=3, max_number=16, max_target=100, division=False)
 SUDOKU = dict(empties=10)
-MANY = 100_000      # Countdown problems, among them the different ones
 COMPLETION = {"countdown": 12, "sudoku": 20}         # C: an answer of 11 or 18, then [EOS]
+MANY = 100_000      # Countdown problems, among them the different ones
 
 
 def make_tokenizer():
@@ -106,10 +105,8 @@ def answer(task, example, rng):
 
 
 def examples_of(task, seed, options, rng):
-    """Yield training problems for ever.
-
-    Countdown's different problems come equally often, where the generator draws those of many
-    answers more often: the rare ones are the hard ones.
+    """Yield training problems for ever. Of Countdown's the different ones come equally often:
+    the generator draws those of many answers more often, and the rare ones are the hard ones.
     """
     data = tasks.load(task, "train", seed=seed, size=10**9, **options)
     if task != "countdown":
@@ -126,24 +123,20 @@ def batches(task, tokenizer, batch, seed, options):
     rng, C = random.Random(seed), COMPLETION[task]
     examples = examples_of(task, seed, options, rng)
 
-    # Rendering every prompt anew would be a tenth of the time.
-    @lru_cache(maxsize=1 << 18)
-    def encode(text):
+    @lru_cache(maxsize=1 << 18)                      # anew it would be a tenth of the time
+    def encode(text, prompt):
+        if prompt:
+            text = tokenizer.apply_chat_template([{"role": "user", "content": text}],
+                                                 tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    @lru_cache(maxsize=1 << 18)
-    def prompt(text):
-        chat = [{"role": "user", "content": text}]
-        options = dict(tokenize=False, add_generation_prompt=True)
-        return encode(tokenizer.apply_chat_template(chat, **options))
 
     while True:
         rows = []
         for example in itertools.islice(examples, batch):
-            q = prompt(tasks.TASKS[task].prompt(example)[-1]["content"])    # all equally long
-            o = encode(answer(task, example, rng))
+            q = encode(tasks.TASKS[task].prompt(example)[-1]["content"], True)
+            o = encode(answer(task, example, rng), False)
             rows.append(q + (o + [tokenizer.eos_token_id] * C)[:C])
-        yield torch.tensor(rows), len(q)
+        yield torch.tensor(rows), len(q)             # all prompts of a task are equally long
 
 
 def diffusion_loss(model, ids, P, mask_id):
@@ -162,7 +155,7 @@ def diffusion_loss(model, ids, P, mask_id):
     return (ce / t.expand(B, C)[masked]).sum() / (B * C)
 
 
-def train(model, tokenizer, steps, sudoku_share, lr, seed, batch=128, out=None):
+def train(model, tokenizer, steps, sudoku_share, lr, seed, batch=128):
     """One cycle of AdamW over both tasks' streams."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     one_cycle = torch.optim.lr_scheduler.OneCycleLR
@@ -185,22 +178,11 @@ def train(model, tokenizer, steps, sudoku_share, lr, seed, batch=128, out=None):
             recent = {name: v[-100:] for name, v in losses.items() if v}
             means = "  ".join(f"{name} {sum(v) / len(v):.4f}" for name, v in recent.items())
             print(f"step {step:6d}  loss {means}  {time.time() - start:.0f} s", flush=True)
-        if step % 1000 == 0 or step == steps:
-            save(model, tokenizer, out)
-
-
-def save(model, tokenizer, out):
-    """Without the dropout: a policy must give the same probabilities twice."""
-    on = {name: getattr(model.config, name) for name in DROPOUT}
-    model.config.update(dict.fromkeys(DROPOUT, 0.0))
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
-    model.config.update(on)
 
 
 # Countdown first, which takes long; then both, for Sudoku is learned in a thousand steps.
-PHASES = [dict(steps=9_000, sudoku_share=0.0, lr=2e-3, dropout=0.05),
-          dict(steps=3_000, sudoku_share=0.3, lr=1.5e-3, dropout=0.05)]
+PHASES = [dict(steps=9_000, sudoku_share=0.0, lr=2e-3),
+          dict(steps=3_000, sudoku_share=0.3, lr=1.5e-3)]
 
 
 def main():
@@ -209,24 +191,26 @@ def main():
     parser.add_argument("--out", type=Path, help="folder [lab/tiny, or with --steps runs/tiny]")
     parser.add_argument("--steps", type=int, help="a quick look: steps of the first phase")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--from-phase", type=int, default=0, choices=(0, 1),
-                        help="go on with this phase from what is in --out")
     args = parser.parse_args()
     if args.steps is not None and args.steps < 1:
         parser.error(f"--steps {args.steps} cannot work: it starts at 1")
-    args.out = args.out or (Path("runs/tiny") if args.steps else Path(__file__).parent / "tiny")
+    out = args.out or (Path("runs/tiny") if args.steps else Path(__file__).parent / "tiny")
+    phases = [dict(PHASES[0], steps=args.steps)] if args.steps else PHASES
 
-    tokenizer = make_tokenizer()
-    for phase in range(args.from_phase, 1 if args.steps else len(PHASES)):
-        how = dict(PHASES[phase])
-        torch.manual_seed(args.seed + phase)         # anew: a phase can be repeated on its own
-        model, dropout = make_model(tokenizer, how["dropout"]), how.pop("dropout")
-        if phase:
-            model = type(model).from_pretrained(args.out, **dict.fromkeys(DROPOUT, dropout))
+    tokenizer, weights = make_tokenizer(), None
+    for seed, phase in enumerate(phases, args.seed):
+        torch.manual_seed(seed)
+        model = make_model(tokenizer, dropout=0.05)
+        if weights:                                  # of the phase before
+            model.load_state_dict(weights)
         count = sum(p.numel() for p in model.parameters())
         print(f"{count:,} parameters, vocabulary {len(tokenizer)}", flush=True)
-        how["steps"] = args.steps or how["steps"]
-        train(model.train(), tokenizer, **how, seed=args.seed + phase, out=args.out)
+        train(model.train(), tokenizer, **phase, seed=seed)
+        weights = model.state_dict()
+    # Without the dropout: a policy must give the same probabilities twice.
+    model.config.update(dict.fromkeys(DROPOUT, 0.0))
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
 
 if __name__ == "__main__":

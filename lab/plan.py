@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -104,19 +105,17 @@ def shape_of(config):
 
 def read_config(cfg):
     """The model's config as a dict, and where it is from. Raises UserError."""
-    folder = agrpo.local_folder(cfg.model)
-    path = folder and folder / "config.json"
+    folder, path = agrpo.local_folder(cfg.model), None
     if folder is None:
         from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(cfg.model, "config.json", revision=cfg.revision or None)
+        path = try_to_load_from_cache(cfg.model, "config.json", revision=cfg.revision or None)
+    if not isinstance(path, str) and folder is None:
         known = [c for name, c in DIMENSIONS.items() if cfg.model.startswith(name)]
-        if not isinstance(cached, str):
-            if known:
-                return known[0], "dimensions known here"
-            raise agrpo.UserError(f"--model {cfg.model}: its dimensions are not known here; "
-                                  "give a folder with its config.json")
-        path = Path(cached)
+        if known:
+            return known[0], "dimensions known here"
+        raise agrpo.UserError(f"--model {cfg.model}: its dimensions are not known here; "
+                              "give a folder with its config.json")
+    path = Path(path or folder / "config.json")
     try:
         return json.loads(path.read_text()), str(path)
     except (OSError, ValueError) as e:
@@ -138,8 +137,8 @@ def longest_prompt(cfg):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
-    render = agrpo.Policy.render       # it needs the tokenizer only
-    texts = [render(argparse.Namespace(tokenizer=tokenizer), chat) for chat in chats]
+    reader = SimpleNamespace(tokenizer=tokenizer)               # render needs no model
+    texts = [agrpo.Policy.render(reader, chat) for chat in chats]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return max(map(len, ids)), "the longest of 100"
 
@@ -148,31 +147,25 @@ def lora_size(cfg, shape):
     return shape.layers * sum(cfg.lora_r * (i + o) for i, o in shape.adapted)
 
 
-def kept_bytes(cfg, shape, tokens):
-    """Activations that the backward pass of one micro-batch of so many tokens needs."""
-    block = shape.kept32 * 4 + shape.kept * BYTES[cfg.dtype]
-    if not cfg.recompute:
-        return tokens * block * shape.layers
-    # Only each block's input stays; one block at a time has all, and gradients beside.
-    return tokens * (shape.d * BYTES[cfg.dtype] * shape.layers + 1.1 * block)
-
-
 def phases(cfg, shape, prompt):
     """{phase: bytes at its peak beside the weights} of learning, writing and evaluating."""
-    W, forward = cfg.how.W, shape.alive * BYTES[cfg.dtype]
+    W, b, learnt = cfg.how.W, BYTES[cfg.dtype], cfg.micro_batch * (prompt + cfg.C)
+    kept = shape.layers * (shape.kept32 * 4 + shape.kept * b)   # a token, for the backward pass
+    if cfg.recompute:
+        # Only each block's input stays; one block at a time has all, and gradients beside.
+        kept = shape.layers * shape.d * b + 1.1 * kept / shape.layers
     # On a GPU the fused kernel reads logits where they are. Others make copies: a draw without
     # top_k in float64, the reference formulas on the CPU in float32.
     fused = cfg.device != "cpu"
     shown = 4 * shape.V * (2 if fused else 5)
     drawn = 4 * shape.V * (2 if fused and cfg.top_k else 5)
     still = cfg.block_length if cfg.unmasking != "random" else 0
-    write = cfg.rollout_batch * max(W * drawn, still * shown)
-    greedy = cfg.rollout_batch * cfg.eval_block * shown
-    kept = kept_bytes(cfg, shape, cfg.micro_batch * (prompt + cfg.C))
-    return dict(
-        learn=kept + cfg.micro_batch * W * shown,
-        write=max(write, cfg.rollout_batch * (prompt + cfg.C) * forward),
-        evaluate=max(greedy, cfg.rollout_batch * (prompt + cfg.eval_C) * forward))
+
+    def forward(C, logits):
+        return cfg.rollout_batch * max((prompt + C) * shape.alive * b, logits)
+    return dict(learn=learnt * kept + cfg.micro_batch * W * shown,
+                write=forward(cfg.C, max(W * drawn, still * shown)),
+                evaluate=forward(cfg.eval_C, cfg.eval_block * shown))
 
 
 def weight_bytes(cfg, shape):
@@ -206,22 +199,21 @@ def work(cfg, shape, prompt):
 
 def free_memory():
     """Bytes that a new program may take here or in this container; inf if unknown."""
-    free = math.inf
+    free, group = math.inf, Path("/sys/fs/cgroup")
     try:
         available = Path("/proc/meminfo").read_text().split("MemAvailable:")[1]
         free = 1024 * int(available.split()[0])
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        free = min(free, limit - int(Path("/sys/fs/cgroup/memory.current").read_text()))
-    except (OSError, IndexError, ValueError):
-        pass                           # macOS, or no limit
-    return free
+        limit = int((group / "memory.max").read_text())
+        return min(free, limit - int((group / "memory.current").read_text()))
+    except (OSError, IndexError, ValueError):                   # macOS, or no limit
+        return free
 
 
 def speed(cfg, shape):
     """FLOP/s of this device on a product of the model's size, the best of half a second."""
-    dtype = getattr(torch, cfg.dtype)
-    a = torch.randn(4096, min(shape.d, 2048), device=cfg.device, dtype=dtype)
-    b = torch.randn(a.shape[1], min(4 * shape.d, 8192), device=cfg.device, dtype=dtype)
+    like = dict(device=cfg.device, dtype=getattr(torch, cfg.dtype))
+    a = torch.randn(4096, min(shape.d, 2048), **like)
+    b = torch.randn(a.shape[1], min(4 * shape.d, 8192), **like)
     best, begun = math.inf, time.perf_counter()
     while time.perf_counter() - begun < 0.5:
         start = time.perf_counter()
@@ -230,18 +222,18 @@ def speed(cfg, shape):
     return 2 * a.shape[0] * b.numel() / best
 
 
+def in_units(n, units):
+    """12.3 of the largest unit that n is a few of; units {name: size}, the largest first."""
+    name, size = next((unit for unit in units.items() if n >= unit[1]), list(units.items())[-1])
+    return f"{n / size:,.1f} {name}"
+
+
 def size(n):
-    return f"{n / 1e9:,.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
+    return in_units(n, {"GB": 1e9, "MB": 1e6})
 
 
 def span(seconds):
-    units = dict(days=86400, hours=3600, minutes=60, seconds=1)
-    name = next((name for name, n in units.items() if seconds >= 3 * n), "seconds")
-    return f"{seconds / units[name]:,.1f} {name}"
-
-
-def flops(n):
-    return f"{n / 1e15:,.1f} PFLOP" if n >= 1e14 else f"{n / 1e9:,.1f} GFLOP"
+    return in_units(seconds, dict(hours=3600, minutes=60, seconds=1))
 
 
 def report(cfg, shape, source):
@@ -269,18 +261,16 @@ def report(cfg, shape, source):
     yield f"memory      {size(need)} at the peak; here: {size(have)} {where}: {verdict}"
     # Measured: it reuses large pieces badly. A fixed threshold gives each back to the system.
     if not gpu and max(peak.values()) > 0.4e9:
-        yield "            (glibc's heap may hold 2 - 3 times that; to hold it to the sum, at 1.7"
-        yield "            times the time, set MALLOC_MMAP_THRESHOLD_=65536 in the environment)"
+        yield "            (glibc's heap may hold 2 - 3 times that; MALLOC_MMAP_THRESHOLD_=65536"
+        yield "            in the environment holds it to the sum, at 1.7 times the time)"
 
     rows, (write, learn) = cfg.questions * cfg.G, work(cfg, shape, prompt)
     pairs = cfg.mu * rows * min(cfg.k, cfg.m)
-    again = learn / (3 + (not cfg.lora_r)) if cfg.recompute else 0
+    flops = dict(PFLOP=1e15, TFLOP=1e12, GFLOP=1e9)
     yield (f"an update   {rows} rollouts: {rows * cfg.m * L:,} tokens through the model to "
            f"write, at most {pairs * L:,} to learn")
-    yield (f"            {flops(write)} + {flops(learn)}"
-           + f", {flops(again)} of the latter to recompute" * cfg.recompute)
-    rates = {"time here": speed(cfg, shape), "on an H100": H100}
-    for name, rate in rates.items():
+    yield f"            {in_units(write, flops)} + {in_units(learn, flops)}"
+    for name, rate in (("time here", speed(cfg, shape)), ("on an H100", H100)):
         seconds = (write + learn) / rate
         if name == "time here" or seconds > 1:                  # below, overheads decide
             yield (f"{name:<12}{span(seconds)} an update, {span(seconds * cfg.updates)} for "

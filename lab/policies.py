@@ -3,8 +3,7 @@
     python agrpo.py --policy lab/policies.py:FrozenContext --model ... --trust_remote_code
 
 AGRPO's gradient is exact for whatever function the policy is, if rollout and loss call the same
-one with the same arguments (agrpo.Block). So a policy may look at a part of the text, or freeze
-what it saw around the block being written, and nothing is mismatched.
+one with the same arguments (agrpo.Block).
 
                       sees                                     exact?
     BlockCausal       its own block and those before it        yes; bd3lm, LLaDA2, SDAR learn it
@@ -129,10 +128,9 @@ class FrozenContext(Seeing):
 
     def __call__(self, ids, mask, positions, block):
         """ids, mask (N, L), positions (N, W) in the block -> logits (N, W, V)."""
-        if not self.ignores_mask:
-            return self.by_block(ids, mask, positions, block)
-        # As Policy does for such a model: rows of one length at a time, their padding cut off.
-        padding, parts, order = (mask == 0).sum(dim=1), [], []
+        # For a model that ignores its mask: rows of one length at a time, as Policy does it.
+        padding = (mask == 0).sum(dim=1) * self.ignores_mask
+        parts, order = [], []
         for n in padding.unique().tolist():
             rows = (padding == n).nonzero()[:, 0]
             cut = Block(block.start - n, block.end - n, block.kept.setdefault(n, {}))
@@ -178,30 +176,28 @@ def must_fit(policy):
     policy must not see the block from before it, and FrozenBlockCausal must equal BlockCausal.
     Raises UserError.
     """
-    name, block = type(policy).__name__, lambda: Block(4, 8, {})
+    name, causal = type(policy).__name__, partial(BlockCausal.__call__, policy)
     # Three blocks of four: written, all masked, and what comes after.
     ids = torch.arange(12, device=policy.device)[None] % 7 + 5
     ids[:, 4:8] = policy.mask_id
     mask, at = torch.ones_like(ids), torch.arange(4, 8, device=ids.device)[None]
+    # Two positions of the block before, with and without a token in this one.
+    other, before = ids.clone(), at[:, :2] - 2
+    other[:, 7] = policy.eos_id
     try:
-        found = policy(ids, mask, at, block())
+        found = policy(ids, mask, at, Block(4, 8, {}))
         if policy.block_causal:
-            causal = partial(BlockCausal.__call__, policy)
-            same = [(found, causal(ids, mask, at, block()))]
-            # Two positions of the block before, with and without a token in this one.
-            other, before = ids.clone(), at[:, :2] - 2
-            other[:, 7] = policy.eos_id
-            same += [[causal(x, mask, before, block()) for x in (ids, other)]]
+            same = [(found, causal(ids, mask, at, Block(4, 8, {}))),
+                    [causal(x, mask, before, Block(4, 8, {})) for x in (ids, other)]]
         else:
             same = [(found, Policy.logits(policy, ids, mask, at))]
     except Exception as e:             # a model's own code may raise anything
         raise UserError(f"--policy {name} cannot read this model ({type(e).__name__}: "
                         f"{first_line(e)}); it reads LLaDA's, Dream's and LLaDA2's code and "
                         "attention by transformers' interface") from e
-    limit = 0.05 if policy.dtype in HALF else 1e-3
     for a, b in same:
         gap = ((a - b).abs().max() / b.abs().max()).item()
-        if not gap < limit:
+        if not gap < (0.05 if policy.dtype in HALF else 1e-3):
             raise UserError(f"--policy {name} reads this model wrongly: logits that must be "
                             f"equal differ by {gap:.0e} of the largest; leave it out or choose "
                             "another")

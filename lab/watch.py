@@ -80,16 +80,13 @@ def write_one(policy, data, number, cfg):
     return Written(traj, texts[0], grades[0], words, glue, states)
 
 
-# --- In the terminal --------------------------------------------------------------------------
-
-def show(policy, data, number, cfg, source):
+def show(policy, data, number, cfg):
     """Print one rollout and what the checker made of it."""
     it = write_one(policy, data, number, cfg)
     prompt = it.traj.q[0][it.traj.q_mask[0] > 0]
-    who = f"{cfg.model} {cfg.adapter or '(base model)'}"
-    print(f"{cfg.task}, problem {number} of {source} | {who}")
-    print(f"m = {cfg.m} steps of {cfg.how.W} tokens, {cfg.unmasking} unmasking, temperature "
-          f"{cfg.temperature:g}\n")
+    print(f"{cfg.task}, problem {number} of {data.source} | {cfg.model} "
+          f"{cfg.adapter or '(base model)'}\nm = {cfg.m} steps of {cfg.how.W} tokens, "
+          f"{cfg.unmasking} unmasking, temperature {cfg.temperature:g}\n")
     print(tasks.printable(policy.decode(prompt[None])[0]), "\n")
     for t, kinds in it.states:
         drawn = it.traj.entropy[0][it.traj.step_of[0] == t - 1].sum().item()
@@ -110,7 +107,7 @@ TEXT, PALE, RIGHT, WRONG = "#1f2328", "#656d76", "#1a7f37", "#cf222e"
 BOX = {"masked": "#d0d7de", "new": "#aceebb", "old": "#ffffff"}
 
 
-def font(size, name="DejaVu Sans Mono"):
+def font(size=15, name="DejaVu Sans Mono"):
     from matplotlib import font_manager
     from PIL import ImageFont
 
@@ -121,7 +118,7 @@ def place(it):
     """(x, y, width) of each token in its panel; a masked one takes the room of what comes."""
     x, y, places = 0, 0, []
     for word in it.words:
-        width = font(15).getlength(word or " ") + 4
+        width = font().getlength(word or " ") + 4
         if x and x + width > WIDTH:
             x, y = 0, y + LINE
         places.append((x, y, width))
@@ -132,48 +129,47 @@ def place(it):
 def draw_panel(draw, left, title, it, i):
     """One model's half of a frame: its state i and, once it is the last, the verdict."""
     draw.text((left, 50), title, fill=TEXT, font=font(16, "DejaVu Sans:bold"))
-    _, kinds = it.states[min(i, len(it.states) - 1)]
-    places = place(it)
-    for word, kind, (x, y, width) in zip(it.words, kinds, places):
-        box = (left + x, 80 + y, left + x + width, 104 + y)
-        draw.rounded_rectangle(box, 4, fill=BOX[kind])
+    ended = i >= len(it.states) - 1
+    _, kinds = it.states[-1 if ended else i]
+    for word, kind, (x, y, width) in zip(it.words, kinds, place(it)):
+        draw.rounded_rectangle((left + x, 80 + y, left + x + width, 104 + y), 4, fill=BOX[kind])
         if kind != "masked":
-            draw.text((box[0] + 2, box[1] + 3), word, fill=TEXT, font=font(15))
-    if i >= len(it.states) - 1:
+            draw.text((left + x + 2, 83 + y), word, fill=TEXT, font=font())
+    if ended:
         verdict = "right" if it.grade.correct else f"wrong: {agrpo.cut(it.grade.reason, 34)}"
         ink = RIGHT if it.grade.correct else WRONG
-        draw.text((left, 114 + places[-1][1]), verdict, fill=ink, font=font(15))
+        draw.text((left, 114 + y), verdict, fill=ink, font=font())
 
 
 def gif(policy, data, first, cfg, path):
     """Base and trained model on the same problems, with the same draws: a frame a step."""
     from PIL import Image, ImageDraw
 
-    pairs = []
+    pairs = {}
     for number in range(first, min(first + PROBLEMS, len(data))):
         with policy.reference():
             base = write_one(policy, data, number, cfg)
-        pairs.append((number, base, write_one(policy, data, number, cfg)))
-    lowest = max(y for _, *both in pairs for it in both for _, y, _ in place(it))
+        pairs[number] = base, write_one(policy, data, number, cfg)
+    lowest = max(y for pair in pairs.values() for it in pair for _, y, _ in place(it))
     size = (2 * WIDTH + 3 * MARGIN, lowest + 114 + LINE + MARGIN)
 
     frames, times = [], []
-    for number, base, trained in pairs:
+    for number, pair in pairs.items():
         question = tasks.TASKS[cfg.task].prompt(data[number])[-1]["content"]
-        count = max(len(base.states), len(trained.states))
+        count = max(len(it.states) for it in pair)
         for i in range(count):
             frames.append(Image.new("RGB", size, "white"))
             draw = ImageDraw.Draw(frames[-1])
-            draw.text((MARGIN, 16), agrpo.cut(question, 84), fill=PALE, font=font(15))
-            draw_panel(draw, MARGIN, f"base, m = {cfg.m}", base, i)
-            draw_panel(draw, 2 * MARGIN + WIDTH, f"trained, m = {cfg.m}", trained, i)
-            times.append(2000 if i == count - 1 else 800)      # milliseconds
+            draw.text((MARGIN, 16), agrpo.cut(question, 84), fill=PALE, font=font())
+            for it, who, left in zip(pair, ("base", "trained"), (MARGIN, 2 * MARGIN + WIDTH)):
+                draw_panel(draw, left, f"{who}, m = {cfg.m}", it, i)
+            times.append(2000 if i == count - 1 else 800)       # milliseconds
     path.parent.mkdir(parents=True, exist_ok=True)
-    blob = io.BytesIO()
-    frames[0].save(blob, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
-    agrpo.write(path, blob.getvalue())
-    right = [sum(pair[side].grade.correct for pair in pairs) for side in (1, 2)]
-    print(f"of {len(pairs)} problems right: base {right[0]}, trained {right[1]}; wrote {path}")
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)
+    agrpo.write(path, file.getvalue())
+    base, trained = (sum(it.grade.correct for it in side) for side in zip(*pairs.values()))
+    print(f"of {len(pairs)} problems right: base {base}, trained {trained}; wrote {path}")
 
 
 def run(cfg, number, path):
@@ -184,7 +180,7 @@ def run(cfg, number, path):
     if path:
         gif(policy, data, number, cfg, path)
     else:
-        show(policy, data, number, cfg, data.source)
+        show(policy, data, number, cfg)
     return 0
 
 

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 import agrpo
 import tasks
-from lab import evaluate, make_tiny, plan, watch
+from lab import bench, evaluate, make_tiny, plan, watch
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--device cpu --eval_n 6 --rollout_batch 3 --steps 6,3 --C 12 --m 3".split()
@@ -33,23 +34,19 @@ def shelf(tmp_path_factory):
     model.decoder.bias.data[tokenizer.convert_tokens_to_ids(["<answer>", "</answer>"])] = 3.0
     model.save_pretrained(where / "model")
     tokenizer.save_pretrained(where / "model")
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    names = [name for name, m in model.model.named_modules() if isinstance(m, torch.nn.Linear)]
-    lora.target_modules = [f"model.{name}" for name in names]
+    lora = LoraConfig(r=4, target_modules=agrpo.block_linears(model), init_lora_weights=False)
     get_peft_model(model, lora).save_pretrained(where / "adapter")
     return SimpleNamespace(model=str(where / "model"), adapter=str(where / "adapter"))
 
 
-def parsed(program, argv):
-    found = program.parse([str(word) for word in argv])
-    return found if isinstance(found, tuple) else (found,)
-
-
 def run(program, *argv):
     """What a lab program printed and returned."""
+    def program_itself():
+        found = program.parse([str(word) for word in argv])
+        return program.run(*found if isinstance(found, tuple) else (found,))
     said, errors = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
-        code = agrpo.in_one_sentence(lambda: program.run(*parsed(program, argv)))
+        code = agrpo.in_one_sentence(program_itself)
     return SimpleNamespace(code=code, out=said.getvalue(), err=errors.getvalue())
 
 
@@ -70,25 +67,27 @@ def whole(shelf, tmp_path_factory):
     return evaluated(shelf, tmp_path_factory.mktemp("whole"), "--adapter", shelf.adapter)
 
 
-def test_every_number_of_the_table_follows_from_the_answers(whole):
+def cell(result, who, row):
+    """The answers that a row of the table is made of."""
+    return [r for r in result.answers.values()
+            if (r["who"], r["m"], r["greedy"]) == (who, row["m"], row["greedy"])]
+
+
+def test_every_number_of_the_table_follows_from_the_answers(whole, shelf):
     assert whole.code == 0, whole.err
-    for who in ("base", "trained"):
-        for row in whole.table[who]:
-            cell = [r for r in whole.answers.values()
-                    if (r["who"], r["m"], r["greedy"]) == (who, row["m"], row["greedy"])]
-            assert row["n"] == len(cell) == 6
-            assert row["accuracy"] == sum(r["correct"] for r in cell) / 6
-            assert row["tagged"] == pytest.approx(sum(r["metrics"]["tagged"] for r in cell) / 6)
-            assert row["reward"] == pytest.approx(sum(r["reward"] for r in cell) / 6)
+    for who, row in [(who, row) for who in ("base", "trained") for row in whole.table[who]]:
+        records = cell(whole, who, row)
+        assert row["n"] == len(records) == 6
+        assert row["accuracy"] == sum(r["correct"] for r in records) / 6
+        assert row["tagged"] == pytest.approx(sum(r["metrics"]["tagged"] for r in records) / 6)
+        assert row["reward"] == pytest.approx(sum(r["reward"] for r in records) / 6)
     assert [(row["m"], row["greedy"]) for row in whole.table["base"]] == [
         (6, True), (3, True), (6, False), (3, False)]
     assert "tagged" in whole.out and "trained" in whole.out
-
-
-def test_base_and_trained_differ_and_agrpo_s_own_evaluation_agrees(whole, shelf):
-    texts = {who: [r["text"] for r in whole.answers.values() if r["who"] == who]
-             for who in ("base", "trained")}
-    assert texts["base"] != texts["trained"]
+    base, trained = ([r["text"] for r in whole.answers.values() if r["who"] == who]
+                     for who in ("base", "trained"))
+    assert base != trained
+    # And agrpo's own evaluation agrees.
     cfg = agrpo.parse([*FLAGS, "--model", shelf.model, "--adapter", shelf.adapter])
     policy, data = agrpo.load_policy(cfg), tasks.load("countdown", "test", **cfg.options)
     for how in cfg.cells():
@@ -125,21 +124,19 @@ def test_more_problems_and_seeds_may_be_asked_for_and_other_flags_may_not(shelf,
     more = evaluated(shelf, tmp_path, "--seeds", "3")
     assert first.code == more.code == 0 and first.answers.items() <= more.answers.items()
     for row in more.table["base"]:
-        cell = [r for r in more.answers.values()
-                if (r["m"], r["greedy"]) == (row["m"], row["greedy"])]
-        assert len(cell) == (6 if row["greedy"] else 18) and row["n"] == 6
-        assert row["reward"] == pytest.approx(sum(r["reward"] for r in cell) / len(cell))
+        records = cell(more, "base", row)
+        assert len(records) == (6 if row["greedy"] else 18) and row["n"] == 6
+        assert row["reward"] == pytest.approx(sum(r["reward"] for r in records) / len(records))
     seeds = [[r["text"] for r in more.answers.values() if r["seed"] == s and not r["greedy"]]
              for s in range(3)]
     assert seeds[0] != seeds[1] != seeds[2]
-    other = evaluated(shelf, tmp_path, "--temperature", "0.5")
-    assert other.code == 2 and "--temperature 1.0, not 0.5" in other.err
-    other = evaluated(shelf, tmp_path, "--adapter", shelf.adapter)
-    assert other.code == 2 and "with --adapter" in other.err
+    for flags, says in ((("--temperature", "0.5"), "--temperature 1.0, not 0.5"),
+                        (("--adapter", shelf.adapter), "with --adapter")):
+        other = evaluated(shelf, tmp_path, *flags)
+        assert other.code == 2 and says in other.err
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(dict(config, weights="another")))
-    other = evaluated(shelf, tmp_path, "--seeds", "3")
-    assert other.code == 2 and "with other weights" in other.err
+    assert "with other weights" in evaluated(shelf, tmp_path, "--seeds", "3").err
 
 
 def test_the_interval_is_over_problems_and_the_spread_over_seeds():
@@ -181,7 +178,7 @@ def test_a_token_cannot_write_to_the_terminal(shelf):
     policy.tokenizer.batch_decode = lambda *a, **k: [t + "\033[2J\n" for t in decode(*a, **k)]
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        watch.show(policy, data, 0, replace(cfg, m=2), data.source)
+        watch.show(policy, data, 0, replace(cfg, m=2))
     assert "\\x1b[2J" in said.getvalue() and "\033" not in said.getvalue()
 
 
@@ -209,37 +206,17 @@ def test_the_gif_has_a_frame_for_every_state_of_six_problems(shelf, tmp_path):
 
 # --- plan -------------------------------------------------------------------------------------
 
-SIZE = dict(vocab_size=600, hidden_size=128, num_hidden_layers=4, num_attention_heads=4)
-SPECIAL = dict(pad_token_id=0, eos_token_id=2, bos_token_id=4)
-
-
-def blocks_of(kind):
-    """Models of transformers that have the blocks of those we train, small and random."""
-    import transformers as t
-
-    torch.manual_seed(0)
-    if kind == "modernbert":
-        return t.ModernBertForMaskedLM(t.ModernBertConfig(
-            **SIZE, **SPECIAL, intermediate_size=384, global_attn_every_n_layers=1,
-            reference_compile=False, cls_token_id=4, sep_token_id=4))
-    if kind == "llada-like":
-        return t.LlamaForCausalLM(t.LlamaConfig(**SIZE, **SPECIAL, intermediate_size=384))
-    if kind == "dream-like":
-        return t.Qwen2ForCausalLM(t.Qwen2Config(
-            **SIZE, **SPECIAL, intermediate_size=384, num_key_value_heads=2))
-    if kind == "qwen3":
-        return t.Qwen3ForCausalLM(t.Qwen3Config(
-            **SIZE, **SPECIAL, intermediate_size=384, num_key_value_heads=2, head_dim=64,
-            tie_word_embeddings=True))
-    return t.OlmoeForCausalLM(t.OlmoeConfig(
-        **SIZE, **SPECIAL, intermediate_size=64, num_experts=8, num_experts_per_tok=2))
-
-
-def config_of(model, kind):
-    config = json.loads(model.config.to_json_string())
-    if kind == "moe":                                           # as LLaDA-MoE's config calls it
-        config["expert_intermediate_size"] = config.pop("intermediate_size")
-    return config
+SIZE = dict(vocab_size=600, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+            pad_token_id=0, eos_token_id=2, bos_token_id=4)
+# Blocks of those that we train, small and random: of LLaDA's, Dream's and LLaDA-MoE's kind too.
+KINDS = {
+    "ModernBert": dict(intermediate_size=384, global_attn_every_n_layers=1, cls_token_id=4,
+                       sep_token_id=4, reference_compile=False),
+    "Llama": dict(intermediate_size=384),
+    "Qwen2": dict(intermediate_size=384, num_key_value_heads=2),
+    "Qwen3": dict(intermediate_size=384, num_key_value_heads=2, head_dim=64,
+                  tie_word_embeddings=True),
+    "Olmoe": dict(intermediate_size=64, num_experts=8, num_experts_per_tok=2)}
 
 
 def peak_of(program):
@@ -258,18 +235,23 @@ def peak_of(program):
 
 
 @pytest.mark.parametrize("kind, flags", [
-    ("modernbert", ""), ("modernbert", "--recompute"), ("llada-like", "--dtype bfloat16"),
-    ("llada-like", "--dtype bfloat16 --recompute"), ("dream-like", "--dtype bfloat16"),
-    ("qwen3", ""), ("qwen3", "--dtype bfloat16"), ("moe", "--dtype bfloat16"),
-    ("moe", "--recompute")])
+    ("ModernBert", ""), ("ModernBert", "--recompute"), ("Llama", "--dtype bfloat16"),
+    ("Llama", "--dtype bfloat16 --recompute"), ("Qwen2", "--dtype bfloat16"), ("Qwen3", ""),
+    ("Qwen3", "--dtype bfloat16"), ("Olmoe", "--dtype bfloat16"), ("Olmoe", "--recompute")])
 def test_the_plan_s_memory_is_within_15_percent_of_what_a_pass_takes(kind, flags):
     cfg = agrpo.parse(("--device cpu --lora_r 4 --C 48 --m 8 --k 1 --block_length 48 "
                        f"--micro_batch 8 --rollout_batch 8 {flags}").split())
-    model = blocks_of(kind).to(getattr(torch, cfg.dtype)).train()
+    torch.manual_seed(0)
+    task = "ForMaskedLM" if kind == "ModernBert" else "ForCausalLM"
+    config = getattr(transformers, f"{kind}Config")(**SIZE, **KINDS[kind])
+    model = getattr(transformers, kind + task)(config).to(getattr(torch, cfg.dtype)).train()
     model.config.use_cache = False
     policy = agrpo.Policy(model, make_tiny.make_tokenizer(), 1, "cpu")
     agrpo.add_adapters(policy, cfg)
-    shape = plan.shape_of(config_of(model, kind))
+    config = json.loads(model.config.to_json_string())
+    if kind == "Olmoe":                                         # as LLaDA-MoE's calls it
+        config["expert_intermediate_size"] = config.pop("intermediate_size")
+    shape = plan.shape_of(config)
     sizes = [(p.numel(), p.requires_grad) for p in policy.model.parameters()]
     lora, total = sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
     copied = shape.V * shape.d * (cfg.dtype != "float32" and shape.tied)     # the float32 head
@@ -290,13 +272,11 @@ def test_the_plan_s_memory_is_within_15_percent_of_what_a_pass_takes(kind, flags
     (plan.LLADA, 8.016e9), (plan.DREAM, 7.616e9), (plan.LLADA_MOE, 7.36e9),
     (plan.QWEN3, 0.596e9)])
 def test_known_models_have_the_size_that_is_published(config, published):
-    assert plan.shape_of(config).parameters == pytest.approx(published, rel=0.002)
-
-
-def test_of_a_mixture_a_token_meets_its_own_experts_only():
-    shape = plan.shape_of(plan.LLADA_MOE)
-    assert shape.active + shape.V * shape.d == pytest.approx(1.4e9, rel=0.02)    # "A1B": 1.4 B
-    assert len(shape.adapted) == 4
+    shape = plan.shape_of(config)
+    assert shape.parameters == pytest.approx(published, rel=0.002)
+    if config is plan.LLADA_MOE:       # of a mixture a token meets its own experts only
+        assert shape.active + shape.V * shape.d == pytest.approx(1.4e9, rel=0.02)       # "A1B"
+        assert len(shape.adapted) == 4
 
 
 def test_the_work_of_a_rollout_and_of_recomputing_by_hand():
@@ -327,6 +307,22 @@ def test_a_plan_needs_no_more_than_a_config(shelf, tmp_path, monkeypatch):
     assert "a folder with its config.json" in run(plan, "--model", "nobody/nothing").err
 
 
+# --- bench ------------------------------------------------------------------------------------
+
+def test_all_policies_are_timed_on_the_same_weights_and_compared_with_the_first(capsys):
+    cfg = agrpo.parse("--device cpu --lora_r 4".split())
+    made = bench.policies(SimpleNamespace(model="", shape="tiny", policies=""), cfg)
+    for policy in made.values():
+        assert policy.eos_id == -1 and policy.fill_ids == {-1}              # nothing ends early
+    heads = [policy.model.get_output_embeddings().weight for policy in made.values()]
+    assert list(made) == ["official way", "Policy"] and heads[0] is heads[1]
+    # Seconds of rollout and loss, max |rho - 1|, GiB; the median of three rounds counts.
+    rounds = [(4.0, 2.0, 0, 0), (9.0, 2.0, 0, 0), (1.0, 2.0, 0, 0)]
+    bench.print_updates({"official way": rounds, "Policy": [(1.0, 2.0, 1e-7, 0)]})
+    last = capsys.readouterr().out.splitlines()[-1].split()
+    assert last[-5:] == ["4.00", "1.00", "2.00", "1e-07", "0"]              # 6 s against 3 s
+
+
 # --- make_tiny, and all of them ---------------------------------------------------------------
 
 def test_make_tiny_starts_and_leaves_the_shipped_model_alone(tmp_path, monkeypatch):
@@ -337,6 +333,8 @@ def test_make_tiny_starts_and_leaves_the_shipped_model_alone(tmp_path, monkeypat
     make_tiny.main()
     assert shipped == {p: p.stat().st_mtime_ns for p in (ROOT / "lab" / "tiny").iterdir()}
     assert agrpo.load_policy(agrpo.parse(["--model", out, "--device", "cpu"])).mask_id == 1
+    config = json.loads((tmp_path / "tiny" / "config.json").read_text())
+    assert [config[name] for name in make_tiny.DROPOUT] == [0.0] * 3        # only in pretraining
 
 
 @pytest.mark.parametrize("task, options", [
@@ -348,6 +346,8 @@ def test_what_the_tiny_model_was_taught_is_right(task, options, monkeypatch):
     for _ in range(50):
         example = next(examples)
         assert tasks.grade(task, make_tiny.answer(task, example, rng), example).correct
+    # No negative value between: ( 1 - 2 ) + 9 is none of the answers.
+    assert make_tiny.answers((1, 2, 9), 8) == ["( 1 + 9 ) - 2", "( 9 + 1 ) - 2", "( 9 - 2 ) + 1"]
 
 
 @pytest.mark.parametrize("name", ["evaluate", "watch", "plan", "make_tiny"])
