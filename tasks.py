@@ -9,23 +9,13 @@ A literal problem of each task, and the text that earns the maximum reward, 4:
     gsm8k       {"question": "Ann has 3 bags of 6 pears. How many pears?", "answer": "18"}
                 <think>3 x 6</think><answer>\boxed{18}</answer>
 
-countdown-3to4 and gsm8k-platinum are the same tasks on other data. MATH and multiple choice are
-files of their own, lab/math_task.py and lab/choice_task.py: `--task FILE.py` loads such a file.
+countdown-3to4 and gsm8k-platinum are the same on other data. A task of one's own is a file that
+adds to TASKS, as lab/math_task.py and lab/choice_task.py do: `--task FILE.py` loads it.
 
 `correct` is about content, `format` about tags. Reward = format + 3 x right: a right answer
-without tags earns 3, a wrong one with all its tags 1.
-
-                format                                                  right
-    countdown   0.5 complete answer tag + 0.5 an expression             1 or 0
-    sudoku      0.5 complete answer tag + 0.25 sixteen digits 1-4       share of the empty cells
-                + 0.25 the given digits kept                            that are right
-    gsm8k       0.5 complete think tag + 0.5 complete answer tag        1 or 0
-
-Left out on purpose: executing anything a model wrote (no eval, here or in a library), recursion
-on its text, credit for reasoning.
+without tags earns 3, a wrong one with all its tags 1. Nothing a model wrote is ever executed.
 """
 import ast
-import contextlib
 import hashlib
 import itertools
 import logging
@@ -35,11 +25,13 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Optional
+from typing import NamedTuple
+from unittest.mock import patch
 
 # --- What every task has ----------------------------------------------------------------------
 
@@ -64,33 +56,27 @@ class Task:
     name: str
     prompt: Callable                   # example -> chat messages
     grade: Callable                    # text, example -> Grade
-    make: Optional[Callable] = None    # seed, index, split, **options -> example, if generated
-    read: Optional[Callable] = None    # row, split, options -> example; None leaves the row out
-    hub: dict = field(default_factory=dict)        # split -> data set, configuration, its split
-    part: Optional[Callable] = None    # example, split, options -> does a hub row belong here?
+    make: Callable | None = None       # seed, index, split, **options -> example, if generated
+    read: Callable | None = None       # row, split, options -> example; None leaves the row out
+    hub: dict = field(default_factory=dict)        # split -> "data set [configuration] split"
+    part: Callable | None = None       # example, split, options -> does a hub row belong here?
     options: dict = field(default_factory=dict)    # name -> default; each is a flag
     limits: dict = field(default_factory=dict)     # name -> smallest, largest
-    key: Optional[Callable] = None     # example -> what train and test may not share
-    grade_batch: Optional[Callable] = None         # texts, examples -> grades, where cheaper
+    key: Callable | None = None        # example -> what train and test may not share
+    grade_batch: Callable | None = None            # texts, examples -> grades, where cheaper
 
 
 class Found(NamedTuple):
     """The answer of a text."""
-    content: Optional[str]    # None: there is none
-    where: str                # "tag", "open tag", "thought", "box" (somewhere in the content)
+    content: str | None       # None: there is none
+    tagged: bool              # did it stand in a complete tag, outside thoughts?
     thought: bool             # was a <think> opened and closed?
-
-    @property
-    def tagged(self):
-        """Did it stand in a complete tag, outside thoughts?"""
-        return self.where == "tag"
+    free: bool = False        # the content is the whole text, and its last box the answer
 
 
 # Repeating the instructions is not answering: "<answer></answer>", "\boxed{...}".
 ECHO = re.compile(r"(?:\\boxed|boxed|\\[()\[\]]|[\s.…,:={}$]|your|the|final|answer|here"
                   r"|expression|target)*")
-BRACE = re.compile(r"\\?boxed\s*\{|\\.|[{}]", re.DOTALL)    # \{ is no brace
-LONGEST = 20_000              # boxes are looked for in so many characters at the end of a text
 
 
 def last_answer(text, box=False):
@@ -101,33 +87,36 @@ def last_answer(text, box=False):
     """
     head, closed, tail = text.rpartition("</think>")
     spoken, thoughts = re.subn("<think>.*?</think>", " ", head + closed, flags=re.DOTALL)
-    places = [(spoken + tail, "tag"), (text, "thought")]
-    for part, name in places[:1 + (thoughts > 0)]:
-        opened = part.split("<answer>")[1:]
-        complete = [x.partition("</answer>")[0] for x in opened if "</answer>" in x]
-        unclosed = [re.split("</|<think>", x)[0] for x in opened if "</answer>" not in x]
-        for where, contents in ((name, complete), ("open tag", unclosed)):
+    spoken, thought = spoken + tail, thoughts > 0
+    for part in (spoken, text):
+        pieces = [piece.split("</answer>") for piece in part.split("<answer>")[1:]]
+        complete = [piece[0] for piece in pieces if len(piece) > 1]
+        unclosed = [re.split("</|<think>", piece[0])[0] for piece in pieces if len(piece) == 1]
+        for contents in (complete, unclosed):
             real = [content for content in contents if not ECHO.fullmatch(content)]
             if real:
-                return Found(real[-1], where, thoughts > 0)
+                return Found(real[-1], contents is complete and part is spoken, thought)
         if box and boxes(part):
-            return Found(part, "box", thoughts > 0)
-    if "</answer>" in (spoken + tail).partition("<answer>")[2]:
-        return Found("", "tag", thoughts > 0)                # a complete tag with nothing in it
-    return Found(None, "nowhere", thoughts > 0)
+            return Found(part, False, thought, free=True)
+    empty = "</answer>" in spoken.partition("<answer>")[2]
+    return Found("" if empty else None, empty, thought)
 
 
 def boxes(text):
-    """All \\boxed{..} that hold something, in the order they end: [(start, content, end)]."""
-    skipped, found, opened = max(0, len(text) - LONGEST), [], []
-    for brace in BRACE.finditer(text, skipped):
-        if brace[0].endswith("{") and brace[0] != r"\{":
+    r"""All \boxed{..} of the last 20,000 characters that hold something, by their ends.
+
+    Returns [(the 40 characters before, content, the 40 behind)].
+    """
+    text, found, opened = text[-20_000:], [], []
+    for brace in re.finditer(r"(\\?boxed\s*)?\{|\\.|\}", text, re.DOTALL):    # \{ is no brace
+        if brace[0][-1] == "{" and brace[0] != r"\{":
             opened.append(brace)
         elif brace[0] == "}" and opened:
             start = opened.pop()
             content = text[start.end():brace.start()].strip()
-            if "boxed" in start[0] and not ECHO.fullmatch(content):
-                found.append((start.start(), content, brace.end()))
+            if start[1] and not ECHO.fullmatch(content):
+                before = text[max(0, start.start() - 40):start.start()]
+                found.append((before, content, text[brace.end():brace.end() + 40]))
     return found
 
 
@@ -150,6 +139,10 @@ def chat(rules, question):
 
 # --- Countdown: reach the target, every number once -------------------------------------------
 
+OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
+              ast.Div: Fraction}    # all are exact
+
+
 def in_test(nums, target):
     """One problem in eight is a test problem, whatever the seed, the order and the process."""
     digest = hashlib.blake2b(repr((sorted(nums), target)).encode(), digest_size=1).digest()
@@ -159,42 +152,37 @@ def in_test(nums, target):
 def make_countdown(seed, index, split, numbers, max_number, max_target, division):
     """Numbers and a random expression over all of them, drawn until it hits a target."""
     rng = random.Random(f"{seed} {index} {split}")    # no global generator, no order of calls
+    operations = list(OPERATIONS.values())[:4 if division else 3]
     for _ in range(20_000):
         nums = [rng.randrange(max_number) + 1 for _ in range(numbers)]
-        items = [(n, 1) for n in nums]                # numerator, denominator: fast
-        while len(items) > 1:
-            a, b = items.pop(int(rng.random() * len(items)))
-            c, d = items.pop(int(rng.random() * len(items)))
-            op = int(rng.random() * (4 if division else 3))
-            if op == 3 and c == 0:
-                items = [(0, 1)]                      # division by zero: 0 is no target
-            else:
-                top = (a * d + c * b, a * d - c * b, a * c, a * d)[op]
-                items.append((top, b * c if op == 3 else b * d))
-        target, rest = divmod(*items[0])
-        wanted = rest == 0 and 1 <= target <= max_target
+        values = list(nums)
+        while len(values) > 1:
+            a = values.pop(int(rng.random() * len(values)))
+            b = values.pop(int(rng.random() * len(values)))
+            operation = operations[int(rng.random() * len(operations))]
+            try:
+                values.append(operation(a, b))
+            except ZeroDivisionError:
+                values = [0]                          # 0 is no target
+        target = int(values[0])
+        wanted = target == values[0] and 1 <= target <= max_target
         if wanted and in_test(nums, target) == (split == "test"):
             return {"nums": nums, "target": target}
     raise TaskError(f"--numbers {numbers} --max_number {max_number} --max_target {max_target} "
                     f"leave no {split} problem of countdown: allow larger numbers or targets")
 
 
-def whole(value):
-    """3 out of 3, "3" or 3.0; anything else is refused, not rounded."""
-    if not re.fullmatch(r"\s*-?[0-9]{1,18}(\.0*)?\s*", str(value)):
-        raise ValueError(f"{str(value)[:40]!r} is not a whole number")
-    return int(str(value).partition(".")[0])
-
-
 def read_countdown(row, split, options):
     """{"nums": [30, 100, 93], "target": 23} or {"input": "30,100,93", "output": "23"}"""
     nums, target = row.get("nums"), row.get("target")
     if row.get("input") is not None:
-        nums, target = row["input"], row["output"]
-    nums = [whole(n) for n in (nums.strip("[] ").split(",") if isinstance(nums, str) else nums)]
-    if not nums or min(nums) < 0:
-        raise ValueError("the numbers must be one or more integers from 0")
-    return {"nums": nums, "target": whole(target)}
+        nums, target = row["input"].strip("[] ").split(","), row["output"]
+    values = [to_number(str(value)) for value in (*nums, target)]
+    whole = all(value is not None and value.denominator == 1 for value in values)
+    if not whole or min(values[:-1], default=-1) < 0:
+        raise ValueError("the numbers must be integers from 0, at least one, and so the target")
+    *nums, target = map(int, values)
+    return {"nums": nums, "target": target}
 
 
 def part_of_3to4(example, split, options):
@@ -215,96 +203,80 @@ def countdown_prompt(example):
 
 SPELLINGS = {"×": "*", "·": "*", "⋅": "*", r"\times": "*", r"\cdot": "*", "÷": "/",
              r"\div": "/", "−": "-", "–": "-", r"\left(": "(", r"\right)": ")"}
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul,
-             ast.Div: operator.truediv}
 
 
-@lru_cache(maxsize=4096)                                 # the rollouts of a problem repeat
-def expression(text):
-    """The syntax tree of integers, + - * / and parentheses, or None. Python only parses."""
+def unwrap(text):
+    r"""Without a full stop, dollars, \( \) and the one \boxed{} around all of it."""
+    text = re.sub(r"\\[()\[\]]", "$", text)
+    dollars, box = (r"(\${0,2})", r"\1"), (r"(\\boxed ?\{)?", r"(?(1)\})")
+    for start, end in (dollars, box, dollars):
+        text = re.fullmatch(rf"{start} ?(.*?) ?\.? ?{end} ?\.? ?", text)[2]
+    return text
+
+
+def calculate(text):
+    """(exact value, the integers in it) of integers, + - * / and parentheses.
+
+    Python only parses. Raises ZeroDivisionError; SyntaxError and the like for any other text.
+    """
     for spelling, symbol in SPELLINGS.items():
         text = text.replace(spelling, symbol)
     text = re.sub(r"(?<=[0-9)])\s*\(", "*(", text)       # 7(9 - 4) is 7 * (9 - 4)
     text = re.sub(r"(?<![0-9])0+(?=[0-9])", "", text)    # Python refuses 017
     if not re.fullmatch(r"[-+*/() 0-9]+", text):
-        return None
-    try:
-        tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return None
-    allowed = (ast.BinOp, ast.Constant, *OPERATORS)      # no signs, no **, no //, no ()
-    return tree if all(isinstance(node, allowed) for node in ast.walk(tree)) else None
+        raise SyntaxError(text)
+    integers = []
 
-
-def value_of(tree):
-    """Its exact value; None: a division by zero. As deep as the problem has numbers."""
-    if isinstance(tree, ast.Constant):
-        return Fraction(tree.value)
-    a, b = value_of(tree.left), value_of(tree.right)
-    if a is None or b is None or b == 0 and isinstance(tree.op, ast.Div):
-        return None
-    return OPERATORS[type(tree.op)](a, b)
-
-
-def unwrap(text):
-    """Without a full stop, dollars, \\( \\) and the one \\boxed{} around all of it."""
-    dollars = (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"))
-    for start, end in (*dollars, (r"\boxed{", "}"), *dollars):
-        text = text.removesuffix(".").strip()
-        if text.startswith(start) and text.endswith(end) and len(text) >= len(start + end):
-            text = text[len(start):-len(end)].strip()
-    return text.removesuffix(".").strip()
+    def value(node):    # a sign, ** and // have no place here: a KeyError, an AttributeError
+        if isinstance(node, ast.Constant):
+            integers.append(node.value)
+            return node.value
+        return OPERATIONS[type(node.op)](value(node.left), value(node.right))
+    return value(ast.parse(text.strip(), mode="eval").body), integers
 
 
 def grade_countdown(text, example):
-    """`expression = target`, or the expression alone."""
-    found = last_answer(text)
-    answer = unwrap(" ".join((found.content or "").split()))    # a line break is white space
-    left, *right = (side.strip() for side in answer.split("="))
-    tree, format = None, 0.5 * found.tagged
-    if len(answer) <= 500 and (not right or re.fullmatch("-?[0-9]+", "=".join(right))):
-        tree = expression(left)
-    if tree is None:
-        reason = "not an expression of integers, + - * / ( )"
-        return graded(format, 0, reason, answer, found.tagged)
-
-    # After this comparison the tree has the problem's numbers only: evaluating it is quick.
-    used = Counter(node.value for node in ast.walk(tree) if isinstance(node, ast.Constant))
-    unused, extra = Counter(example["nums"]) - used, used - Counter(example["nums"])
-    right_side = int(right[0]) if right else example["target"]
-    value = None if unused or extra else value_of(tree)
-    if unused:
-        reason = f"number {min(unused)} unused"
-    elif extra:
-        reason = f"number {str(min(extra))[:20]} not given, or used too often"
-    elif right_side != example["target"]:
-        reason, value = f"right side {right[0][:20]} is not the target", None
-    else:
-        reason = "division by zero" if value is None else f"value {value}"
-    return graded(format + 0.5, value == example["target"], reason, answer, found.tagged)
+    """Format: 0.5 complete answer tag + 0.5 an expression, alone or with "= target"."""
+    found, format, right = last_answer(text), 0.5, 0
+    answer = " ".join((found.content or "").split())    # a line break is white space
+    try:
+        if len(answer) > 500:
+            raise SyntaxError("too long")
+        answer = unwrap(answer)
+        left, stated = re.fullmatch("([^=]*)(?:= ?(-?[0-9]+))?", answer).groups()
+        value, used = calculate(left)
+        unused = Counter(example["nums"]) - Counter(used)
+        extra = Counter(used) - Counter(example["nums"])
+        if unused:
+            reason = f"number {min(unused)} unused"
+        elif extra:
+            reason = f"number {str(min(extra))[:20]} not given, or used too often"
+        elif stated and int(stated) != example["target"]:
+            reason = f"right side {stated[:20]} is not the target"
+        else:
+            reason, right = f"value {value}", value == example["target"]
+    except ZeroDivisionError:
+        reason = "division by zero"
+    except (AttributeError, KeyError, MemoryError, RecursionError, SyntaxError):
+        reason, format = "not an expression of integers, + - * / ( )", 0.0
+    return graded(format + 0.5 * found.tagged, right, reason, answer, found.tagged)
 
 
 # --- Sudoku, 4x4 ------------------------------------------------------------------------------
 
 @lru_cache
 def grids():
-    """All 288 full grids: a grid is right if and only if it is one of them."""
+    """All 288 full grids, in order of a hash; the first 58 solve all test problems."""
     rows = ["".join(row) for row in itertools.permutations("1234")]
     halves = [a + b for a in rows for b in rows if len({*a[:2], *b[:2]}) == 4]    # full boxes
-    return [top + bottom for top in halves for bottom in halves
+    full = [top + bottom for top in halves for bottom in halves
             if all(len({*top[i::4], *bottom[i::4]}) == 4 for i in range(4))]      # and columns
+    return sorted(full, key=lambda grid: hashlib.blake2b(grid.encode()).digest())
 
 
-@lru_cache
-def split_grids(split):
-    """58 of the 288 grids, by hash and not by seed, are the solutions of all test problems."""
-    order = sorted(grids(), key=lambda grid: hashlib.blake2b(grid.encode()).digest())
-    return order[:58] if split == "test" else order[58:]
-
-
-def solutions(puzzle):
+def solutions(puzzle, among=None):
     """With dots for its empty cells, a puzzle is the regular expression of its solutions."""
-    return re.findall(puzzle.replace("0", "."), "\n".join(grids()))
+    return re.findall(puzzle.replace("0", "."), among or "\n".join(grids()))
 
 
 def make_sudoku(seed, index, split, empties):
@@ -313,20 +285,15 @@ def make_sudoku(seed, index, split, empties):
     Drawn again where that ends too early. 4 givens can suffice, 3 never do: at most 12 empty.
     """
     rng = random.Random(f"{seed} {index} {split}")
+    mine = grids()[:58] if split == "test" else grids()[58:]
     while True:
-        solution, cells = rng.choice(split_grids(split)), rng.sample(range(16), 16)
-        puzzle = solution
-        for cell in cells:
+        puzzle = solution = rng.choice(mine)
+        for cell in rng.sample(range(16), 16):
             emptied = puzzle[:cell] + "0" + puzzle[cell + 1:]
             if puzzle.count("0") < empties and len(solutions(emptied)) == 1:
                 puzzle = emptied
         if puzzle.count("0") == empties:
             return {"puzzle": puzzle, "solution": solution}
-
-
-def kept(puzzle, grid):
-    """Does the grid keep the given digits?"""
-    return all(given in ("0", digit) for given, digit in zip(puzzle, grid))
 
 
 def read_sudoku(row, split, options):
@@ -335,7 +302,7 @@ def read_sudoku(row, split, options):
     puzzle, solution = row["puzzle"], row["solution"]
     if not re.fullmatch("[0-4]{16}", puzzle) or solution not in grids():
         raise ValueError("the puzzle must be 16 digits 0-4 and the solution a full valid grid")
-    if not kept(puzzle, solution):
+    if not solutions(puzzle, among=solution):
         raise ValueError("the solution changes a given digit of the puzzle")
     return {"puzzle": puzzle, "solution": solution}
 
@@ -362,36 +329,33 @@ def sudoku_prompt(example):
 
 
 def grade_sudoku(text, example):
-    """Report `correct` first: one digit in all empty cells has a cell accuracy of 25 %."""
-    puzzle, solution = example["puzzle"], example["solution"]
+    """Format: 0.5 complete answer tag + 0.25 sixteen digits 1-4 + 0.25 the given digits kept.
+
+    Right is the share of the empty cells; one digit in all of them has 25 %, so report
+    `correct` first: any grid that solves the puzzle.
+    """
     found = last_answer(text)
     grid, format = "".join((found.content or "").split()), 0.5 * found.tagged
     if not re.fullmatch("[1-4]{16}", grid):
         reason = "not sixteen digits 1-4"
         return graded(format, 0, reason, grid, found.tagged, cell_accuracy=0.0)
-    format += 0.25 + 0.25 * kept(puzzle, grid)
-    correct = kept(puzzle, grid) and grid in grids()    # any, if a puzzle of a file has several
-    empty = [cell for cell in range(16) if puzzle[cell] == "0"]
-    share = sum(grid[cell] == solution[cell] for cell in empty) / max(1, len(empty))
-    share = 1.0 if correct else share
-    reason = ("a valid grid" if correct else "a row, column or box repeats a digit"
-              if kept(puzzle, grid) else "a given digit was changed")
+    kept = bool(solutions(example["puzzle"], among=grid))
+    correct = kept and grid in grids()
+    cells = zip(example["puzzle"], example["solution"], grid)
+    right = [digit == solution for given, solution, digit in cells if given == "0"]
+    share = 1.0 if correct else sum(right) / max(1, len(right))
+    reason = ("a valid grid" if correct else "a row, column or box repeats a digit" if kept
+              else "a given digit was changed")
+    format += 0.25 + 0.25 * kept
     grade = graded(format, share, reason, grid, found.tagged, cell_accuracy=share)
     return replace(grade, correct=correct)
 
 
 # --- GSM8K: one number ------------------------------------------------------------------------
 
-def gsm8k_gold(answer):
-    """"... #### 18" -> "18". A number, 18 or 27.0, is fine too."""
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)
-    return str(answer).rsplit("####", 1)[-1].strip()
-
-
 def read_gsm8k(row, split, options):
-    """{"question": .., "answer": ".. #### 18"}"""
-    gold = gsm8k_gold(row["answer"])
+    """{"question": .., "answer": ".. #### 18"}; a number, 18 or 18.0, is fine too."""
+    gold = str(row["answer"]).rpartition("####")[2].strip().removesuffix(".0")
     if to_number(gold) is None:
         raise ValueError(f"the answer {gold[:40]!r} is not a number")
     return {"question": row["question"].strip(), "answer": gold}
@@ -411,25 +375,20 @@ AFTER = re.compile(rf"(?:\\?\$|\\[)\]]|[ \t}})\]])*"
 
 
 def boxed_answer(found):
-    """The content of the last box of an answer, or all of the answer where it has none.
+    r"""The content of the last box of an answer, or all of the answer where it has none.
 
     None where a tag has two different boxes, or where the box is only a part of the answer.
     """
-    text = found.content
-    closed = boxes(text)
-    if not closed:
-        # \boxed{18</answer>: the tag says where the box ends. \boxed{}18: so it was meant.
-        opened = re.match(r"(?:\\[(\[]|[\s$])*\\?boxed\s*\{([^{}]*)$", text)
-        if opened and found.tagged:
-            return opened[1].strip()
-        return re.sub(r"\\?boxed\s*\{\s*\}", "", text).strip()
-    start, content, end = closed[-1]
-    if found.where != "box" and len({content for _, content, _ in closed}) > 1:
-        return None
-    after = text[end:end + 40]
+    found_boxes = boxes(found.content or "")
+    if not found_boxes:
+        # \boxed{18</answer>: the tag ends the box. \boxed{}18: so it was meant.
+        return re.sub(r"\\?boxed\s*\{\s*\}?", "", found.content or "").strip()
+    before, content, after = found_boxes[-1]
     word = re.match(r"[\s$)\\]*(?:text\{)?\s*([A-Za-z]*)", after)[1]
-    part = BEFORE.search(text[max(0, start - 40):start]) or AFTER.match(after)
-    return None if part or changes_value(word, joins=found.where != "box") else content
+    part = BEFORE.search(before) or AFTER.match(after)
+    several = len({content for _, content, _ in found_boxes}) > 1 and not found.free
+    wrong = part or several or changes_value(word, joins=not found.free)
+    return None if wrong else content
 
 
 # Words that change a number, plurals and short forms included; and words that join two.
@@ -449,14 +408,10 @@ def changes_value(words, joins=True):
     return False
 
 
-INTEGER = r"([0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
-PER = r"(?:(?:\s*/\s*|\sper\s)[A-Za-z]+)?"
-NUMBER = re.compile(rf"""([+-]?) \s* (?:
-    \\[dt]?frac \s* \{{ \s*{INTEGER}\s* \}} \s* \{{ \s*{INTEGER}\s* \}}       # \frac{{36}}{{2}}
-    | {INTEGER} \s*/\s* {INTEGER}                                             # 36/2
-    | {INTEGER}? (\.[0-9]+)? )                                                # 18, 1,000.5, .5
-    (?: \s* \\(?:text|mathrm)\s*\{{ ([A-Za-z\s/]*) \}}                        # \text{{ hours}}
-    | \s+ ((?:(?:square|cubic)\s)? [A-Za-z]+ {PER}) | ([A-Za-z]{{2,}} {PER}) )?  # kg/week, km
+INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
+NUMBER = re.compile(rf"""
+    ([+-]?\ ? (?: {INTEGER}\ ?/\ ?{INTEGER} | {INTEGER}?(?:\.[0-9]+)? ))    # 36/2, 1,000.5, .5
+    ((?: \ [A-Za-z]+ | [A-Za-z]{{2,}} ) (?: [ /]+[A-Za-z]+ ){{,3}} )?    # miles per hour, km
     """, re.VERBOSE)
 
 
@@ -465,33 +420,37 @@ def to_number(text):
     if len(text) > 200:
         return None
     text = text.replace("{,}", ",").replace("−", "-")
-    text = re.sub(r"\\[,;:! ]|\\?[$%]|\\[()\[\]]|\^\{?\\circ\}?", " ", text).strip()
-    match = NUMBER.fullmatch(text.removesuffix(".").strip())
-    if match is None or changes_value(" ".join(filter(None, match.groups()[-3:]))):
-        return None
-    sign, *parts = ((part or "").replace(",", "") for part in match.groups()[:7])
-    top, bottom, top2, bottom2, integer, decimals = parts
-    top, bottom = top or top2 or integer + decimals, bottom or bottom2 or "1"
-    return Fraction(sign + top) / int(bottom) if top and int(bottom) else None
+    text = re.sub(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r" \1/\2 ", text)
+    text = re.sub(r"\\(?:text|mathrm)\s*\{([A-Za-z/\s]*)\}", r" \1", text)
+    text = re.sub(r"\\[,;:! ]|\\?[$%]|\\[()\[\]]|\^\{?\\circ\}?", " ", text)
+    match = NUMBER.fullmatch(" ".join(text.split()).removesuffix(".").strip())
+    with suppress(TypeError, ValueError, ZeroDivisionError):
+        if not changes_value(match[2] or ""):
+            return Fraction(re.sub("[ ,]", "", match[1]))
 
 
 def grade_gsm8k(text, example):
+    """Format: 0.5 complete think tag + 0.5 complete answer tag."""
     found = last_answer(text, box=True)
-    format = 0.5 * found.thought + 0.5 * found.tagged
-    if found.content is None:
-        return graded(format, 0, "no answer", "", found.tagged)
     content = boxed_answer(found)
-    value = None if content is None else to_number(content)
-    if value is None:
-        shown = found.content[-200:] if content is None else content
-        return graded(format, 0, "not one number", shown, found.tagged)
-    right = value == to_number(gsm8k_gold(example["answer"]))
-    return graded(format, right, f"number {value}", content, found.tagged)
+    value = to_number(content or "")
+    gold = to_number(str(example["answer"]).rpartition("####")[2])
+    reason = ("no answer" if found.content is None else "not one number" if value is None
+              else f"number {value}")
+    format = 0.5 * found.thought + 0.5 * found.tagged
+    right = value is not None and value == gold
+    return graded(format, right, reason, content or found.content or "", found.tagged)
 
 
 # --- The table --------------------------------------------------------------------------------
 
-TASKS = {task.name: task for task in (
+class Tasks(dict):
+    def __missing__(self, name):
+        raise TaskError(f"--task {name} is unknown: choose one of {', '.join(self)}, or a "
+                        "file that registers a task, as lab/math_task.py does")
+
+
+TASKS = Tasks({task.name: task for task in (
     Task("countdown", countdown_prompt, grade_countdown, make_countdown, read_countdown,
          options={"numbers": 3, "max_number": 100, "max_target": 100, "division": True},
          limits={"numbers": (2, 6), "max_number": (1, 10**6), "max_target": (1, 10**6)},
@@ -499,31 +458,24 @@ TASKS = {task.name: task for task in (
     Task("sudoku", sudoku_prompt, grade_sudoku, make_sudoku, read_sudoku,
          options={"empties": 8}, limits={"empties": (0, 12)},
          key=lambda example: example["solution"]),
-    Task("gsm8k", question_prompt, grade_gsm8k, read=read_gsm8k, hub={
-        "train": ("openai/gsm8k", "main", "train"), "test": ("openai/gsm8k", "main", "test")}),
-)}
+    Task("gsm8k", question_prompt, grade_gsm8k, read=read_gsm8k,
+         hub={"train": "openai/gsm8k main train", "test": "openai/gsm8k main test"}))})
 TASKS["countdown-3to4"] = replace(
     TASKS["countdown"], name="countdown-3to4", make=None, part=part_of_3to4,
-    hub=dict.fromkeys(("train", "test"), ("Jiayi-Pan/Countdown-Tasks-3to4", None, "train")),
+    hub=dict.fromkeys(("train", "test"), "Jiayi-Pan/Countdown-Tasks-3to4 train"),
     options={"numbers": 3}, limits={"numbers": (3, 4)})
-TASKS["gsm8k-platinum"] = replace(TASKS["gsm8k"], name="gsm8k-platinum", hub={
-    **TASKS["gsm8k"].hub, "test": ("madrylab/gsm8k-platinum", "main", "test")})
-
-
-def find_task(name):
-    if name not in TASKS:
-        raise TaskError(f"--task {name} is unknown: choose one of {', '.join(TASKS)}, or a "
-                        "file that registers a task, as lab/math_task.py does")
-    return TASKS[name]
+TASKS["gsm8k-platinum"] = replace(
+    TASKS["gsm8k"], name="gsm8k-platinum",
+    hub={"train": "openai/gsm8k main train", "test": "madrylab/gsm8k-platinum main test"})
 
 
 def grade(name, text, example):
-    return find_task(name).grade(text, example)
+    return TASKS[name].grade(text, example)
 
 
 def grade_batch(name, texts, examples):
     """A Grade for every text, the same as one by one."""
-    task = find_task(name)
+    task = TASKS[name]
     if task.grade_batch is None:
         return [task.grade(text, example) for text, example in zip(texts, examples)]
     grades = list(task.grade_batch(texts, examples))
@@ -549,11 +501,18 @@ class Examples(Sequence):
         return self.size
 
     def __getitem__(self, i):
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(self.size))]
-        if not -self.size <= i < self.size:
-            raise IndexError(f"example {i} of {self.size}")
-        return self.get(i % self.size)
+        place = range(self.size)[i]    # negative numbers, slices and errors as of a list
+        return [self.get(j) for j in place] if isinstance(i, slice) else self.get(place)
+
+
+@contextmanager
+def one_sentence(beginning):
+    """Whatever is raised inside becomes a TaskError of one line."""
+    try:
+        yield
+    except Exception as error:    # data sets raise what a dozen readers raise
+        told = " ".join((str(error) or type(error).__name__).split())
+        raise TaskError(f"{beginning}: {printable(told[:200])}") from error
 
 
 def key(task, example):
@@ -570,74 +529,43 @@ def load(name, split, seed=0, file=None, size=None, held_out=(), **options):
     its order. held_out: the test examples; training examples that share a problem with them are
     left out, or drawn again. Raises TaskError.
     """
-    task, known = find_task(name), set()
-    options = checked_options(task, options)
-    if split not in SIZES:
-        raise TaskError(f"split {split} is unknown: choose train or test")
-    if file is None and task.make is None and split not in task.hub:
-        raise TaskError(f"task {name} has no {split} data of its own: give --{split}_file")
-    if file is not None and task.read is None:
+    task = TASKS[name]
+    options = checked(task, options)
+    if file and not task.read:
         raise TaskError(f"task {name} makes its problems and reads no --{split}_file")
-    if split == "train":
-        if not held_out and file is None and "test" in task.hub:
-            held_out = load(name, "test", **options)
-        known = {key(task, example) for example in held_out}
-    if file is None and task.make is not None:
+    if split not in SIZES or not (file or task.make or split in task.hub):
+        raise TaskError(f"task {name} has no {split} data of its own: give --{split}_file")
+    if split == "train" and not held_out and not file and "test" in task.hub:
+        held_out = load(name, "test", **options)
+    known = {key(task, example) for example in held_out if split == "train"}
+    if task.make and not file:
         return generated(task, split, seed, size or SIZES[split], known, options)
 
-    rows, source = read_file(split, file) if file else read_hub(split, *task.hub[split])
-    examples, unwanted, shared = [], 0, 0
+    rows, source = rows_of(split, file, task.hub.get(split))
+    examples = []
     for number, row in enumerate(rows, 1):
-        try:
+        with one_sentence(f"{source}, row {number} is no row of task {name}, a field is wrong "
+                          "or missing"):
             example = task.read(row, split, options)
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            why = "" if isinstance(error, ValueError) else "a field is wrong or missing: "
-            raise TaskError(f"{source}, row {number} is no row of task {name}: "
-                            f"{why}{first_line(error)}") from error
-        if example is None or not file and task.part and not task.part(example, split, options):
-            unwanted += 1
-        elif known and key(task, example) in known:
-            shared += 1
-        else:
+        elsewhere = task.part and not file and not task.part(example, split, options)
+        if example is not None and not elsewhere:
             examples.append(example)
-    if not examples:
+    kept = [example for example in examples if key(task, example) not in known]
+
+    unwanted, shared = len(rows) - len(examples), len(examples) - len(kept)
+    if not kept:
         raise TaskError(f"{source} has no {split} rows for task {name}: {unwanted} left out by "
                         f"its options, {shared} because they are test problems")
-    source += f", {unwanted} rows left out by the task's options" if unwanted else ""
+    if unwanted:
+        source += f", {unwanted} rows left out by the task's options"
     if split == "train":
         source += (f", {shared} rows left out because they are test problems" if known
                    else ", test problems not looked for")
-    return Examples(examples.__getitem__, min(size or len(examples), len(examples)), source)
+    return Examples(kept.__getitem__, len(kept[:size]), source)
 
 
-def generated(task, split, seed, size, known, options):
-    def make(i):
-        for again in range(1000):
-            other = f" again {again}" if again else ""
-            example = task.make(f"{seed}{other}", i, split, **options)
-            if not known or key(task, example) not in known:
-                return example
-        raise TaskError(f"the test problems leave no training problem of {task.name}: give "
-                        "fewer test problems, or --train_file")
-
-    make(0)    # options that leave no problem are refused here, not in the first step
-    if split == "train":
-        beside = ", no test problem among them" if known else ""
-        return Examples(make, size, f"generated, seed {seed}{beside}")
-
-    # A test problem twice would make its accuracy look surer than it is.
-    make, first = lru_cache(maxsize=None)(make), {}
-    for i in range(5 * size):
-        example = make(i)
-        first.setdefault(key(task, example) if "nums" in example else repr(example), i)
-        if len(first) == size:
-            break
-    once = list(first.values())
-    return Examples(lambda i: make(once[i]), len(once),
-                    f"generated, seed {seed}, {len(once)} different problems")
-
-
-def checked_options(task, options):
+def checked(task, options):
+    """With the defaults of those not given."""
     for name, value in options.items():
         if name not in task.options:
             flags = ", ".join(f"--{option}" for option in task.options) or "none"
@@ -650,56 +578,56 @@ def checked_options(task, options):
     return {**task.options, **options}
 
 
-def first_line(error):
-    return printable(" ".join((str(error) or type(error).__name__).split())[:200])
+def generated(task, split, seed, size, known, options):
+    def make(i):
+        for again in range(1000):
+            another = f"{seed} again {again}" if again else f"{seed}"
+            example = task.make(another, i, split, **options)
+            if key(task, example) not in known:
+                return example
+        raise TaskError(f"the test problems leave no training problem of {task.name}: give "
+                        "fewer test problems, or --train_file")
+
+    make(0)    # options that leave no problem are refused here, not in the first step
+    if split == "train":
+        beside = ", no test problem among them" if known else ""
+        return Examples(make, size, f"generated, seed {seed}{beside}")
+
+    # A test problem twice would make its accuracy look surer than it is.
+    different = {}
+    for example in map(make, range(5 * size)):
+        once = key(task, example) if "nums" in example else repr(example)
+        different.setdefault(once, example)
+        if len(different) == size:
+            break
+    examples = list(different.values())
+    return Examples(examples.__getitem__, len(examples),
+                    f"generated, seed {seed}, {len(examples)} different problems")
 
 
-@contextlib.contextmanager
-def offline(wanted):
-    """Where no hub answers, its client retries for half a minute; offline it uses the cache."""
+def rows_of(split, file, hub):
+    """(rows, where they are from): of a JSONL, CSV or parquet file, or of the hub."""
     import datasets
     import huggingface_hub
-    switches = (datasets.config, huggingface_hub.constants)
-    before = [module.HF_HUB_OFFLINE for module in switches]
-    try:
-        for module in switches:
-            module.HF_HUB_OFFLINE = wanted or module.HF_HUB_OFFLINE
-        yield datasets
-    finally:
-        for module, value in zip(switches, before):
-            module.HF_HUB_OFFLINE = value
+    if not file:
+        # Where no hub answers its client retries for half a minute; offline: the cache only.
+        name, *configuration, hub_split = hub.split()
+        offline = datasets.config.HF_HUB_OFFLINE or not hub_answers(huggingface_hub)
+        with (one_sentence(f"{hub} did not load from the hub, give --{split}_file"),
+              patch.object(datasets.config, "HF_HUB_OFFLINE", offline),
+              patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)):
+            return datasets.load_dataset(name, *configuration, split=hub_split).to_list(), hub
 
-
-def read_file(split, file):
-    """The rows of a JSONL, CSV or parquet file, read by `datasets` without its cache."""
-    path, source = Path(file), f"--{split}_file {file}"
-    kind = path.suffix[1:].replace("jsonl", "json")
-    if kind not in ("json", "csv", "parquet") or not path.is_file():
-        raise TaskError(f"{source} is no such file: give a .jsonl, .csv or .parquet file")
-    # All columns of a CSV stay text, or 0302 would become 302.
-    text = {"keep_default_na": False, "converters": dict.fromkeys(range(100), str)}
+    source = f"--{split}_file {file}"
     logging.getLogger("datasets").setLevel(logging.CRITICAL)    # our sentence says it
-    try:
-        if kind == "json" and path.open("rb").read(100).lstrip()[:1] == b"[":
+    with one_sentence(f"{source} cannot be read as .jsonl, .csv or .parquet"):
+        kind = Path(file).suffix[1:].replace("jsonl", "json")
+        if kind == "json" and Path(file).read_bytes().lstrip()[:1] == b"[":
             raise ValueError("line 1 is an array, write one object a line")
-        with offline(True) as datasets:    # it would count the use of its readers at the hub
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train",
-                                         streaming=True, **(text if kind == "csv" else {}))
-            return list(rows), source
-    except Exception as error:    # datasets raises what a dozen readers raise
-        raise TaskError(f"{source} cannot be read: {first_line(error)}") from error
-
-
-def read_hub(split, name, configuration, hub_split):
-    """The rows of a data set of the hub, or of its copy in the cache."""
-    import huggingface_hub
-    try:
-        with offline(not hub_answers(huggingface_hub)) as datasets:
-            data = datasets.load_dataset(name, configuration, split=hub_split)
-    except Exception as error:    # no network, no such id, a full disk: the same way out
-        raise TaskError(f"{name} ({hub_split} split) did not load from the hub, "
-                        f"{first_line(error)}: give --{split}_file") from error
-    return data.to_list(), " ".join(filter(None, (name, configuration, hub_split)))
+        # All columns of a CSV stay text, or 0302 would become 302.
+        text = {"keep_default_na": False, "converters": dict.fromkeys(range(100), str)}
+        read = getattr(datasets.Dataset, f"from_{kind}")
+        return list(read(str(file), streaming=True, **(text if kind == "csv" else {}))), source
 
 
 def hub_answers(huggingface_hub):
@@ -707,7 +635,7 @@ def hub_answers(huggingface_hub):
     answers = []
 
     def ask():
-        with contextlib.suppress(Exception):    # whatever it is, the hub did not answer
+        with suppress(Exception):    # whatever it is, the hub did not answer
             url = huggingface_hub.constants.ENDPOINT
             answers.append(huggingface_hub.get_session().head(url, timeout=HUB_SECONDS))
     thread = threading.Thread(target=ask, daemon=True)

@@ -62,7 +62,7 @@ def read_commonsense_qa(row, split, options):
 
 def read_hellaswag(row, split, options):
     """{"ctx": "A man sits down. He", "endings": [.., .., .., ..], "label": "3"}"""
-    label = tasks.whole(row["label"])
+    label = int(row["label"])
     letter = string.ascii_uppercase[label] if 0 <= label < len(row["endings"]) else str(label)
     return checked("Which sentence goes on best? " + row["ctx"], list(row["endings"]), letter)
 
@@ -70,9 +70,9 @@ def read_hellaswag(row, split, options):
 # The test splits of both are published without answers: the validation splits stand for them.
 tasks.TASKS["commonsense_qa"] = tasks.Task(
     "commonsense_qa", prompt, grade, read=read_commonsense_qa,
-    hub={"train": ("tau/commonsense_qa", None, "train"),
-         "test": ("tau/commonsense_qa", None, "validation")})
+    hub={"train": "tau/commonsense_qa train",
+         "test": "tau/commonsense_qa validation"})
 tasks.TASKS["hellaswag"] = replace(
     tasks.TASKS["commonsense_qa"], name="hellaswag", read=read_hellaswag,
-    hub={"train": ("Rowan/hellaswag", None, "train"),
-         "test": ("Rowan/hellaswag", None, "validation")})
+    hub={"train": "Rowan/hellaswag train",
+         "test": "Rowan/hellaswag validation"})

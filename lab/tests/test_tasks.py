@@ -5,7 +5,6 @@ The tables hold answers that fooled other checkers, and right answers that other
 import ast
 import hashlib
 import json
-import logging
 import os
 import re
 import signal
@@ -18,6 +17,8 @@ from fractions import Fraction
 from itertools import permutations, product
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -29,154 +30,150 @@ import choice_task  # noqa: E402
 import math_task  # noqa: E402
 
 PUZZLE, SOLUTION = "1002020100030310", "1432324141232314"
-SUDOKU = {"puzzle": PUZZLE, "solution": SOLUTION}
-COUNTDOWN = {"nums": [17, 18, 5], "target": 67}
-EXAMPLES = {"countdown": COUNTDOWN, "sudoku": SUDOKU, "gsm8k": {"question": "", "answer": "18"},
-            "commonsense_qa": {"question": "", "choices": ["a", "b"], "answer": "B"}}
+EXAMPLES = {"countdown": {"nums": [17, 18, 5], "target": 67},
+            "sudoku": {"puzzle": PUZZLE, "solution": SOLUTION},
+            "gsm8k": {"question": "How many?", "answer": "18"},
+            "math": {"question": "Why?", "answer": "18"},
+            "hellaswag": {"question": "Where?", "choices": ["here", "there"], "answer": "B"}}
 RIGHT = {"countdown": "17 * 5 - 18 = 67", "sudoku": SOLUTION, "gsm8k": r"\boxed{18}",
-         "commonsense_qa": "B"}
-
-
+         "math": r"\boxed{9+9}", "hellaswag": "B"}
+QUICK = [name for name in EXAMPLES if name != "math"]    # no child process
 REGISTERED = dict(tasks.TASKS)
 
 
 @pytest.fixture(autouse=True)
 def the_tasks_of_these_modules(monkeypatch):
-    """Another test may have loaded lab/math_task.py again, by --task: then `math` is that one's."""
+    """Another test may have loaded lab/math_task.py again: then `math` is that one's."""
     for name, task in REGISTERED.items():
         monkeypatch.setitem(tasks.TASKS, name, task)
 
 
-def tagged(answer):
-    return f"<think>thoughts</think><answer>{answer}</answer>"
+def grade(task, answer, example=None):
+    text = f"<think>thoughts</think><answer>{answer}</answer>"
+    return tasks.grade(task, text, example or EXAMPLES[task])
 
 
-def grade(task, answer, example):
-    return tasks.grade(task, tagged(answer), example)
+def rows(table):
+    """(gold, answer) of each answer in lines `gold ~ answer | answer ;; gold ~ answer`."""
+    for entry in re.split(r" ;; |\n", table.strip()):
+        gold, _, answers = entry.rpartition(" ~ ")
+        if not entry.startswith("# "):
+            yield from ((gold, answer) for answer in answers.split(" | "))
 
 
 # --- Which text is the answer -----------------------------------------------------------------
 
-BOX = "so \\boxed{18}."
-
-
-@pytest.mark.parametrize("text, content, where, thought", [
-    ("<think>a</think><answer>b</answer>", "b", "tag", True),
-    ("<answer>1</answer> <answer>2</answer>", "2", "tag", False),
-    ("<think>maybe <answer>1</answer></think><answer>2</answer>", "2", "tag", True),
-    ("<answer>2</answer><think>or <answer>1</answer></think>", "2", "tag", True),
-    ("<think>open <answer>2</answer>", "2", "tag", False),          # a think that never closed
-    ("<think>a<think>b</think><answer>5</answer>", "5", "tag", True),
-    ("put it in <answer> tags: <answer>2</answer>", "2", "tag", False),
-    ("<answer>2</answer> <answer>3", "2", "tag", False),            # complete before unclosed
-    ("<think>a</think><answer>5", "5", "open tag", True),
-    ("<answer>5</answ", "5", "open tag", False),
-    ("<think>x<answer>5</answer></think>", "5", "thought", True),   # no other answer
+@pytest.mark.parametrize("where, text, content", [
+    ("think tag", "<think>a</think><answer>b</answer>", "b"),
+    ("tag", "<answer>1</answer> <answer>2</answer>", "2"),
+    ("think tag", "<think>maybe <answer>1</answer></think><answer>2</answer>", "2"),
+    ("think tag", "<answer>2</answer><think>or <answer>1</answer></think>", "2"),
+    ("tag", "<think>open <answer>2</answer>", "2"),               # a think that never closed
+    ("think tag", "<think>a<think>b</think><answer>5</answer>", "5"),
+    ("tag", "put it in <answer> tags: <answer>2</answer>", "2"),
+    ("tag", "<answer>2</answer> <answer>3", "2"),                 # complete before unclosed
+    ("think", "<think>a</think><answer>5", "5"),
+    ("", "<answer>5</answ", "5"),
+    ("think", "<think>x<answer>5</answer></think>", "5"),         # no other answer
+    ("tag", "</think></answer><answer>\n5\n</answer>", "\n5\n"),
     # the template before the real answer does not win
-    (r"write <answer>\boxed{...}</answer>: <answer>2", "2", "open tag", False),
-    ("in <answer></answer>. So <answer>2</answer>", "2", "tag", False),
-    ("<answer>2</answer> in <answer></answer>", "2", "tag", False),
-    ("<answer>expression = target</answer> so <answer>2", "2", "open tag", False),
-    ("<answer>your final answer</answer>" + BOX, "<answer>your final answer</answer>" + BOX,
-     "box", False),
+    ("", r"write <answer>\boxed{...}</answer>: <answer>2", "2"),
+    ("tag", "in <answer></answer>. So <answer>2</answer>", "2"),
+    ("tag", "<answer>2</answer> in <answer></answer>", "2"),
+    ("", "<answer>expression = target</answer> so <answer>2", "2"),
+    ("box", r"<answer>your final answer</answer>so \boxed{18}.", ...),
     # the box comes last
-    (BOX, BOX, "box", False), ("<think>" + BOX, "<think>" + BOX, "box", False),
-    ("<think>" + BOX + "</think>", "<think>" + BOX + "</think>", "box", True),
-    ("<think>\\boxed{1}</think>" + BOX, " " + BOX, "box", True),
-    (r"\boxed{1} <answer>2", "2", "open tag", False),
-    ("5</answer>", None, "nowhere", False), ("", None, "nowhere", False),
-    ("</think></answer><answer>\n5\n</answer>", "\n5\n", "tag", False),
-    ("<answer></answer>", "", "tag", False), ("<ANSWER>5</ANSWER>", None, "nowhere", False)])
-def test_where_the_answer_is_found(text, content, where, thought):
-    assert tasks.last_answer(text, box=True) == (content, where, thought)
+    ("box", r"so \boxed{18}.", ...), ("box", r"<think>so \boxed{18}.", ...),
+    ("think box", r"<think>so \boxed{18}.</think>", ...),
+    ("think box", r"<think>\boxed{1}</think>so \boxed{18}.", r" so \boxed{18}."),
+    ("", r"\boxed{1} <answer>2", "2"),
+    ("", "5</answer>", None), ("", "", None), ("", "<ANSWER>5</ANSWER>", None),
+    ("tag", "<answer></answer>", "")])
+def test_where_the_answer_is_found(where, text, content):
+    content = text if content is ... else content
+    found = tasks.last_answer(text, box=True)
+    assert found == (content, "tag" in where, "think" in where, "box" in where)
 
 
-@pytest.mark.parametrize("task", RIGHT)
-def test_content_is_correct_and_tags_are_paid_for_separately(task):
-    own = {"countdown": 0.5, "sudoku": 0.5}.get(task,
-                                                0.0)          # part of format without tags
-    for text, think, answer in (
-            (tagged(RIGHT[task]), 0.5, 0.5), (f"<answer>{RIGHT[task]}</answer>", 0, 0.5),
-            (f"<think>a</think><answer>{RIGHT[task]}", 0.5, 0),
-            (f"<think>a <answer>{RIGHT[task]}", 0, 0),
-            (f"<think>open <answer>{RIGHT[task]}</answer>", 0, 0.5)):
-        got = tasks.grade(task, text, EXAMPLES[task])
-        format = (own if own else think) + answer
-        assert (got.correct, got.reward, got.format) == (True, 3 + format, format), text
-        assert got.metrics["tagged"] == (answer > 0)
-    assert not tasks.grade(task, f"{tagged(RIGHT[task])}<answer>7</answer>",
-                           EXAMPLES[task]).correct
-    outside = tasks.grade(task, RIGHT[task],
-                          EXAMPLES[task])        # the last box: GSM8K and MATH
-    assert (outside.correct, outside.reward) == ((True, 3.0) if task == "gsm8k" else (False,
-                                                                                      0.0))
-    wrong = grade(task, "2 + 2", EXAMPLES[task])
+@pytest.mark.parametrize("task", EXAMPLES)
+@pytest.mark.parametrize("text, thought, tagged", [
+    ("<think>a</think><answer>{}</answer>", 1, 1), ("<answer>{}</answer>", 0, 1),
+    ("<think>a</think><answer>{}", 1, 0), ("<think>a <answer>{}", 0, 0),
+    ("<think>open <answer>{}</answer>", 0, 1)])
+def test_content_is_correct_and_tags_are_paid_for_separately(task, text, thought, tagged):
+    other = 1 if task in ("countdown", "sudoku") else thought    # the half that is no tag
+    got = tasks.grade(task, text.format(RIGHT[task]), EXAMPLES[task])
+    format = (other + tagged) / 2
+    assert (got.correct, got.format, got.reward) == (True, format, 3 + format)
+    assert got.metrics["tagged"] == tagged
+
+
+@pytest.mark.parametrize("task", EXAMPLES)
+def test_without_tags_only_a_box_is_an_answer_and_the_last_answer_counts(task):
+    outside = tasks.grade(task, RIGHT[task], EXAMPLES[task])
+    assert (outside.correct, outside.reward) == (task in ("gsm8k", "math"), 3 * outside.correct)
+    assert not grade(task, f"{RIGHT[task]}</answer><answer>7").correct
+    wrong = grade(task, "2 + 2")
     assert not wrong.correct and wrong.reward <= 1
 
 
 # --- Countdown --------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("nums, target, answers", [
-    ([4, 60, 13], 73, [
-        "4; 60 + 13 = 73", "4, 60 + 13 = 73", "not using 4: 60 + 13 = 73", "x4 60+13 = 73",
-        r"\text{4} 60 + 13 = 73", r"4 \boxed{60+13} = 73", "4 60 + 13", "60 + 13 = 73",
-        "60 + 13 + 0 * 4 = 73", "60 + 13 # 4", "[4] 60 + 13", "60 + 13 = 73 (4)", "(4) 60 + 13",
-        "60 + 13 + (4 = 73", "60 + 13 = 4 = 73", "4 = 60 + 13"]),
-    ([30, 100, 23], 23, ["$30 100$ $23$ = 23", "30 100 23 = 23"]),
-    ([17, 18, 5], 67, [
-        "17 * 5 - 18 = 999", "17 * 5 - 18 = 67 = 5", "17 * 5 - 18 == 67", "17 * 5 - 18 =",
-        "= 67",
-        "67", "", "67 = 17 * 5 - 18", "17 * 5 - 18 = 67.0", "17 * 5 - 18 = 60 + 7",
-        "17 x 5 - 18",
-        "17 * 5 - 18 = +67", "17 * 5 - 18 = 67!", "17 * 5 - 18 equals 67", "17 * 5 - 18 = 6 7",
-        r"\boxed{\boxed{17 * 5 - 18}}", r"\frac{17 * 5}{1} - 18", "$17 * 5 - 18",
-        "1 7 * 5 - 1 8",
-        "１７ * 5 - 18", "17 * 5 - 18\0", "5 * 17 - 18 - 18", "+17 * 5 - 18", "17 *5 - 18,",
-        "{17 * 5} - 18", "[17 * 5] - 18", "17 ** 5 - 18", "17 * 5 -", "17 * 5 - 18)", "17 5 18",
-        "() 17 * 5 - 18", "17_0 * 5 - 18", "0x11 * 5 - 18", "1e1", "(17 * 5, 18)",
-        "17 * 5 - 18 if 1",
-        "-(18 - 17 * 5)", "17 * 5 - 18.0", "~17 * 5 - 18", "17 @ 5 - 18", "17 * 5 & 18"]),
-    ([2, 3, 4], 12, ["2^3 + 4 = 12", "2**3+4", "2^{3} + 4", "2³ + 4"]),
-    ([7, 2, 1], 4, ["7 // 2 + 1", "7 / / 2 + 1", "7 % 2 + 1", "7 / 2 + 1"]),
-    ([1, 5, 2], 3, ["1.5 * 2 = 3", "1,5 * 2 = 3"]),
-    ([5, 3, 2], 10, ["5--3+2", "5 - -3 + 2", "5 - (-3) + 2", "5++3+2", "5 - (0 - 3) + 2"]),
-    ([3, 8], 5, ["-3 + 8"]), ([3, 8], 24, ["3 * +8"]), ([3, 0], 3, ["3 / 0"]),
-    ([4, 4, 8], 1, ["8 / (4 - 4)", "8 / (4 - 4) = 1"]), ([7, 9, 4], 35, ["(9 - 4)7 = 35"]),
-    ([93, 30, 100], 23, ["93**30**100", "93^30^100 = 23"])])
-def test_countdown_refuses(nums, target, answers):
-    for answer in answers:
-        assert not grade("countdown", answer, {"nums": nums, "target": target}).correct, answer
+COUNTDOWN_WRONG = r"""
+4 60 13 = 73 ~ 4; 60 + 13 = 73 | 4, 60 + 13 = 73 | not using 4: 60 + 13 = 73 | x4 60+13 = 73
+4 60 13 = 73 ~ \text{4} 60 + 13 = 73 | 4 \boxed{60+13} = 73 | 4 60 + 13 | 60 + 13 = 73
+4 60 13 = 73 ~ 60 + 13 + 0 * 4 = 73 | 60 + 13 # 4 | [4] 60 + 13 | 60 + 13 = 73 (4) | 4 = 60 + 13
+4 60 13 = 73 ~ (4) 60 + 13 | 60 + 13 + (4 = 73 | 60 + 13 = 4 = 73
+30 100 23 = 23 ~ $30 100$ $23$ = 23 | 30 100 23 = 23
+17 18 5 = 67 ~ 17 * 5 - 18 = 999 | 17 * 5 - 18 = 67 = 5 | 17 * 5 - 18 == 67 | 17 * 5 - 18 =
+17 18 5 = 67 ~ = 67 | 67 |  | 67 = 17 * 5 - 18 | 17 * 5 - 18 = 67.0 | 17 * 5 - 18 = 60 + 7
+17 18 5 = 67 ~ 17 x 5 - 18 | 17 * 5 - 18 = +67 | 17 * 5 - 18 = 67! | 17 * 5 - 18 equals 67
+17 18 5 = 67 ~ 17 * 5 - 18 = 6 7 | \boxed{\boxed{17 * 5 - 18}} | \frac{17 * 5}{1} - 18
+17 18 5 = 67 ~ $17 * 5 - 18 | 1 7 * 5 - 1 8 | １７ * 5 - 18 | 5 * 17 - 18 - 18 | +17 * 5 - 18
+17 18 5 = 67 ~ 17 *5 - 18, | {17 * 5} - 18 | [17 * 5] - 18 | 17 ** 5 - 18 | 17 * 5 - | 17 5 18
+17 18 5 = 67 ~ 17 * 5 - 18) | () 17 * 5 - 18 | 17_0 * 5 - 18 | 0x11 * 5 - 18 | 1e1 | 17 @ 5 - 18
+17 18 5 = 67 ~ (17 * 5, 18) | 17 * 5 - 18 if 1 | -(18 - 17 * 5) | 17 * 5 - 18.0 | ~17 * 5 - 18
+17 18 5 = 67 ~ 17 * 5 & 18
+2 3 4 = 12 ~ 2^3 + 4 = 12 | 2**3+4 | 2^{3} + 4 | 2³ + 4 ;; 3 0 = 3 ~ 3 / 0 ;; 3 8 = 24 ~ 3 * +8
+7 2 1 = 4 ~ 7 // 2 + 1 | 7 / / 2 + 1 | 7 % 2 + 1 | 7 / 2 + 1 ;; 3 8 = 5 ~ -3 + 8
+1 5 2 = 3 ~ 1.5 * 2 = 3 | 1,5 * 2 = 3 ;; 4 4 8 = 1 ~ 8 / (4 - 4) | 8 / (4 - 4) = 1
+5 3 2 = 10 ~ 5--3+2 | 5 - -3 + 2 | 5 - (-3) + 2 | 5++3+2 | 5 - (0 - 3) + 2
+7 9 4 = 35 ~ (9 - 4)7 = 35 ;; 93 30 100 = 23 ~ 93**30**100 | 93^30^100 = 23"""
+COUNTDOWN_RIGHT = r"""
+7 9 4 = 35 ~ 7(9 - 4) = 35 | 7 (9-4) | (7)(9 - 4) | 7\left(9 - 4\right) = 35
+17 18 5 = 67 ~ 17 × 5 - 18 = 67 | 17 \times 5 - 18 = 67 | \boxed{17 * 5 - 18 = 67} | 17 * 5 - 18
+17 18 5 = 67 ~ 17\cdot5-18 | 17·5−18=67 | 17 ⋅ 5 – 18 | $17 * 5 - 18 = 67$
+17 18 5 = 67 ~ $$17 \times 5 - 18$$ | \boxed{$17*5-18$} | \(17 * 5 - 18\) | 17 * 5 - 18 = 67.
+17 18 5 = 67 ~ $17 * 5 - 18 = 67$. | ((17)) * (5) - (18) | (((17 * 5 - 18)))
+17 18 5 = 67 ~ 017 * 5 - 18 = 067 | $\boxed{17*5-18=67}$
+8 4 2 = 4 ~ 8 ÷ 4 * 2 | 8 \div 4 \cdot 2 | 8/4(2) ;; 8 4 2 = 1 ~ 8 / (4 * 2)
+9 2 3 = 4 ~ 9 - 2 - 3 ;; 8 3 3 = 8 ~ 8 / (3 / 3) ;; 3 3 7 7 = 24 ~ 7 * (3 + 3 / 7)
+5 8 = -3 ~ 5 - 8 = -3"""
 
 
-@pytest.mark.parametrize("nums, target, answers", [
-    ([7, 9, 4], 35, ["7(9 - 4) = 35", "7 (9-4)", "(7)(9 - 4)", r"7\left(9 - 4\right) = 35"]),
-    ([17, 18, 5], 67, [
-        "17 × 5 - 18 = 67", r"17 \times 5 - 18 = 67", r"\boxed{17 * 5 - 18 = 67}",
-        "17 * 5 - 18",
-        "17 * 5\n- 18\n= 67", r"17\cdot5-18", "17·5−18=67", "17 ⋅ 5 – 18", "$17 * 5 - 18 = 67$",
-        r"$$17 \times 5 - 18$$", r"$\boxed{17*5-18=67}$", r"\boxed{$17*5-18$}",
-        r"\(17 * 5 - 18\)",
-        "17 * 5 - 18 = 67.", r"$17 * 5 - 18 = 67$.", "((17)) * (5) - (18)", "(((17 * 5 - 18)))",
-        "\t17 *\r\n5 -18 ", "017 * 5 - 18 = 067"]),
-    ([8, 4, 2], 4, ["8 ÷ 4 * 2", r"8 \div 4 \cdot 2", "8/4(2)"]),
-    ([8, 4, 2], 1, ["8 / (4 * 2)"]),
-    ([9, 2, 3], 4, ["9 - 2 - 3"]), ([8, 3, 3], 8, ["8 / (3 / 3)"]),
-    ([3, 3, 7, 7], 24, ["7 * (3 + 3 / 7)"]), ([5, 8], -3, ["5 - 8 = -3"])])
-def test_countdown_accepts(nums, target, answers):
-    for answer in answers:
+def test_countdown_answers():
+    right = [*rows(COUNTDOWN_RIGHT), ("17 18 5 = 67", "17 * 5\n- 18\n= 67"),
+             ("17 18 5 = 67", "\t17 *\r\n5 -18 ")]
+    wrong = [*rows(COUNTDOWN_WRONG), ("17 18 5 = 67", "17 * 5 - 18\0"),
+             ("17 18 5 = 67", "17 * 5 - 18 = " + "0" * 584 + "67" + "9")]
+    for problem, answer in [*right, *wrong]:
+        *nums, target = map(int, re.findall(r"-?\d+", problem))
         got = grade("countdown", answer, {"nums": nums, "target": target})
-        assert (got.reward, got.correct, got.format, got.reason) == (4, True, 1,
-                                                                     f"value {target}")
+        if (problem, answer) in right:
+            assert (got.reward, got.correct, got.format) == (4, True, 1), (problem, answer)
+            assert got.reason == f"value {target}"
+        else:
+            assert not got.correct and got.reward <= 1, (problem, answer)
 
 
 @pytest.mark.parametrize("answer, format, reason", [
     ("17 * 5 = 67", 1.0, "number 18 unused"), ("17 * 5 + 18", 1.0, "value 103"),
     ("17 * 5 - 18 - 5", 1.0, "number 5 not given, or used too often"),
-    ("17 / 5 + 18", 1.0, "value 107/5"), ("5 / (17 - 17)", 1.0, "number 18 unused"),
+    ("17 / 5 + 18", 1.0, "value 107/5"), ("5 / (17 - 17)", 1.0, "division by zero"),
     ("17 * 5 - 18 = 999", 1.0, "right side 999 is not the target"),
     ("17 * 5 -", 0.5, "not an expression of integers, + - * / ( )")])
 def test_countdown_says_why_an_answer_is_wrong(answer, format, reason):
-    got = grade("countdown", answer, COUNTDOWN)
+    got = grade("countdown", answer)
     assert (got.reward, got.correct, got.format, got.reason) == (format, False, format, reason)
 
 
@@ -205,10 +202,8 @@ def test_countdown_agrees_with_all_expressions_of_three_numbers(nums):
 
 # --- Sudoku -----------------------------------------------------------------------------------
 
-EMPTY = [i for i in range(16) if PUZZLE[i] == "0"]              # nine cells
-# three of them wrong, all givens kept
-THREE_WRONG = "".join(str(int(SOLUTION[i]) % 4 + 1) if i in EMPTY[:3] else SOLUTION[i]
-                      for i in range(16))
+# Three of the nine empty cells wrong, all givens kept
+THREE_WRONG = "1142424141232314"
 
 
 @pytest.mark.parametrize("answer, format, share, correct", [
@@ -219,30 +214,24 @@ THREE_WRONG = "".join(str(int(SOLUTION[i]) % 4 + 1) if i in EMPTY[:3] else SOLUT
     ("2" + THREE_WRONG[1:], 0.75, 6 / 9, False), ("2" + SOLUTION[1:], 0.75, 1.0, False),
     ("4434344441242444", 0.75, 1.0, False),                          # overwritten givens only
     (SOLUTION + "9999", 0.5, 0.0, False), (SOLUTION[:15], 0.5, 0.0, False),
-    ("", 0.5, 0.0, False),
-    (SOLUTION[:15] + "0", 0.5, 0.0, False), (SOLUTION.replace("1", "１"), 0.5, 0.0, False),
-    (f"Grid: {SOLUTION}", 0.5, 0.0, False), ("-".join(SOLUTION), 0.5, 0.0, False)])
+    ("", 0.5, 0.0, False), (SOLUTION[:15] + "0", 0.5, 0.0, False),
+    (SOLUTION.replace("1", "１"), 0.5, 0.0, False), (f"Grid: {SOLUTION}", 0.5, 0.0, False),
+    ("-".join(SOLUTION), 0.5, 0.0, False)])
 def test_sudoku_pays_for_tag_digits_givens_and_cells(answer, format, share, correct):
-    got = grade("sudoku", answer, SUDOKU)
+    got = grade("sudoku", answer)
     assert (got.correct, got.format, got.reward) == (correct, format, format + 3 * share)
     assert got.metrics == {"tagged": 1.0, "cell_accuracy": share}
-    assert tasks.grade("sudoku", answer, SUDOKU).reward == 0        # a raw grid without tags
-
-
-def units(grid):
-    """Rows, columns and boxes of a 4x4 grid, written out."""
-    return [[grid[i] for i in cells] for cells in (
-        (0, 1, 2, 3), (4, 5, 6, 7), (8, 9, 10, 11), (12, 13, 14, 15), (0, 4, 8, 12),
-        (1, 5, 9, 13),
-        (2, 6, 10, 14), (3, 7, 11, 15), (0, 1, 4, 5), (2, 3, 6, 7), (8, 9, 12, 13),
-        (10, 11, 14, 15))]
 
 
 def solve(puzzle):
     """All solutions of a puzzle by trying."""
-    given = [[digit for digit in unit if digit != "0"] for unit in units(puzzle)]
-    if any(len(unit) != len(set(unit)) for unit in given):
-        return []
+    rows = [puzzle[i:i + 4] for i in range(0, 16, 4)]
+    columns = [puzzle[i::4] for i in range(4)]
+    boxes = [puzzle[i:i + 2] + puzzle[i + 4:i + 6] for i in (0, 2, 8, 10)]
+    for unit in [*rows, *columns, *boxes]:
+        digits = unit.replace("0", "")
+        if len(digits) != len(set(digits)):
+            return []
     if "0" not in puzzle:
         return [puzzle]
     return [s for digit in "1234" for s in solve(puzzle.replace("0", digit, 1))]
@@ -269,55 +258,46 @@ def test_one_digit_in_every_empty_cell_scores_a_quarter():
 
 # --- GSM8K ------------------------------------------------------------------------------------
 
-SCALED = ["thousand", "thousands", "k", "K", "M", "bn", "mln", "million", "dozen", "dozens",
-          "halves", "thirds", "hundredths", "score", "plus", "squared", "or so", "and a half"]
+GSM8K_WRONG = r"""
+18 ~ 18.75 | -18 | 18/7 | 18, 19 | 18^2 | 1800 | 0.18 | 9+9 | 18 or 17 | 18=17 | 18 19 | 1 8
+18 ~ 18k | 18! | 18e0 | 18-0 | 18*1 | --18 | eighteen |  | 1,8 | 18, | \sqrt{324} | \frac{36}{0}
+18 ~ \frac{36}{2}1 | 18 1/2 | 0x12 | １٨ | ١٨ | 36/2/1 | 18.. | 9 \times 2 | 18 17 dollars | nan
+18 ~ 18 \text{or} 17 | $ | . | -\boxed{18} | 17 \boxed{18} | \boxed{17}\boxed{18} | \boxed{18}^2
+18 ~ 9 + \boxed{9} | \sqrt\boxed{18} | \boxed{9} + 9 | 2 \times \boxed{18}
+1000 ~ 1,00 | 1.000 | 10,00 | 1 000 | 1, 000 ;; 1819 ~ 18,19 ;; 5 ~ 5m | 5K"""
+SCALED = ("thousand thousands k K M bn mln million dozen dozens halves thirds hundredths score "
+          "plus squared").split() + ["or so", "and a half"]
+GSM8K_RIGHT = r"""
+18 ~ 18 | 18. | $18 | 18 dollars | \frac{36}{2} | 18.0 | 18.00 | +18 | 18% | 18\% | $18.00 | 018
+18 ~ 18 dollars. | 36 / 2 | \dfrac{36}{2} | \$18 | $18$ | 18km | 18 \text{ dollars} | 18 kg/week
+18 ~ 18\text{ hours} | \(18\) | 18 miles per hour | 18 square feet | 18^\circ | 18 m
+18 ~ 18 halfpennies ;; 0 ~ -0 ;; 0.5 ~ 1/2 | .5 ;; 12.5 ~ \frac{25}{2} ;; 1,234,567 ~ 1234567
+1000 ~ 1,000 | 1{,}000 | \$1,000 | 1000 | $1,000.00 | 1,000 dollars | 2,000/2
+-18 ~ -18 | −18 | -$18 | $-18 | -\frac{36}{2} ;; 3 x 6 = <<3*6=18>>18 #### 18 ~ 18"""
 
 
-@pytest.mark.parametrize("gold, answers", [
-    ("18", ["18.75", "-18", "18/7", "18, 19", "18^2", "1800", "0.18", "9+9", "18 or 17",
-            "18=17",
-            "18 19", "1 8", "18k", "18!", "18e0", "18-0", "18*1", "--18", "eighteen", "", "1,8",
-            "18,", r"\sqrt{324}", r"\frac{36}{0}", r"\frac{36}{2}1", "18 1/2", "0x12", "١٨",
-            "36/2/1", "18..", r"9 \times 2", "18 17 dollars", r"18 \text{or} 17", "nan", "$",
-            ".",
-            r"-\boxed{18}", r"17 \boxed{18}", r"\boxed{17}\boxed{18}", r"\boxed{18}^2",
-            "9" * 5000,
-            r"9 + \boxed{9}", r"\sqrt\boxed{18}", r"\boxed{9} + 9", r"2 \times \boxed{18}"]),
-    ("5", [f"5 {word}" for word in SCALED] + [rf"\boxed{{5}} {word}" for word in SCALED]
-     + [rf"5 \text{{ {word}}}" for word in SCALED] + ["5m", "5K"]),
-    ("1000", ["1,00", "1.000", "10,00", "1 000", "1, 000"]), ("1819", ["18,19"])])
-def test_gsm8k_refuses(gold, answers):
-    for answer in answers:
+def test_gsm8k_answers():
+    five = [("5", form.format(word)) for word in SCALED
+            for form in ("5 {}", r"\boxed{{5}} {}", r"5 \text{{ {}}}")]
+    for gold, answer in [*rows(GSM8K_WRONG), *five, ("18", "9" * 5000),
+                         ("18", "18" + " " * 300 + "or 17")]:
         example = {"question": "", "answer": gold}
-        assert not grade("gsm8k", answer, example).correct, answer
+        assert not grade("gsm8k", answer, example).correct, (gold, answer)
         if "boxed" not in answer:
-            assert not grade("gsm8k", rf"\boxed{{{answer}}}", example).correct, answer
-
-
-@pytest.mark.parametrize("gold, answers", [
-    ("18", ["18", "18.", "$18", "18 dollars", r"\frac{36}{2}", "18.0", "18.00", "+18", " 18\n",
-            "18%", r"18\%", "$18.00", "18 dollars.", "018", "36 / 2", r"\dfrac{36}{2}", r"\$18",
-            "$18$", "18km", r"18 \text{ dollars}", r"18\text{ hours}", "18 kg/week", r"\(18\)",
-            "18 miles per hour", "18 square feet", r"18^\circ", "18 m", "18 halfpennies"]),
-    ("1000", ["1,000", "1{,}000", r"\$1,000", "1000", "$1,000.00", "1,000 dollars", "2,000/2"]),
-    ("-18", ["-18", "−18", "-$18", "$-18", r"-\frac{36}{2}"]), ("0.5", ["1/2", ".5"]),
-    ("1,234,567", ["1234567"]), ("3 x 6 = <<3*6=18>>18 #### 18", ["18"]), ("0", ["-0"]),
-    (18, ["18"]), (27.0, ["27"]), ("12.5", [r"\frac{25}{2}"])])
-def test_gsm8k_accepts(gold, answers):
-    for answer in answers:
+            assert not grade("gsm8k", rf"\boxed{{{answer}}}", example).correct, (gold, answer)
+    for gold, answer in [*rows(GSM8K_RIGHT), (18, "18"), (27.0, "27"), ("18", " 18\n")]:
         example = {"question": "", "answer": gold}
         assert grade("gsm8k", answer, example).reward == 4, answer
-        assert grade("gsm8k", rf"\boxed{{{answer}}}", example).correct, answer
-        assert grade("gsm8k", rf"The answer is \boxed{{{answer}}}.", example).correct, answer
+        for form in (r"\boxed{%s}", r"The answer is \boxed{%s}."):
+            assert grade("gsm8k", form % answer, example).correct, answer
 
 
 @pytest.mark.parametrize("text", [
     r"<answer>\boxed{18} more cupcakes</answer>", r"<answer>\boxed{18}\) kg/week.</answer>",
     r"<answer>9 + 9 = \boxed{18} \text{ hours}</answer>", r"<answer>\boxed{18</answer>",
-    r"<answer>\boxed{}18</answer>", "<answer>boxed{18}</answer>",
-    r"<think>so \boxed{17}</think> "
-    r"It is {\boxed{18}} of them.", r"<answer>\boxed{18}", r"<answer>1. 6 + 3 = 9" "\n"
-    r"2. Double: \[ \boxed{18} \]</answer>",
+    r"<answer>\boxed{}18</answer>", "<answer>boxed{18}</answer>", r"<answer>\boxed{18}",
+    r"<think>so \boxed{17}</think> It is {\boxed{18}} of them.",
+    "<answer>1. 6 + 3 = 9\n2. Double: \\[ \\boxed{18} \\]</answer>",
     r"First \boxed{9}, then \boxed{18} and that is it."])
 def test_gsm8k_reads_what_models_write_around_a_box(text):
     assert tasks.grade("gsm8k", text, EXAMPLES["gsm8k"]).correct
@@ -335,104 +315,85 @@ def test_gsm8k_compares_exactly(a, b):
 
 # --- MATH -------------------------------------------------------------------------------------
 
-INFTY = r"\infty"
-MATH_RIGHT = [
-    # intervals, named or not on either side; unions in any order
-    ("[0,5)", r"x \in [0, 5)"), (r"x \in [0, 5)", "[0,5)"), ("(-3,4)", "-3<x<4"),
-    ("-3<x<4", "(-3,4)"), (r"[2,\infty)", r"x\ge 2"), (r"x \geq 2", r"[2,\infty)"),
-    ("-3<x<4", "4>x>-3"),
-    (r"(-\infty,1)\cup(2,3]", r"(2,3] \cup (-\infty, 1)"), ("[2,5)", r"\left[2, 5\right)"),
-    (r"x \in (-\infty,1)\cup(2,\infty)", r"x<1 \text{ or } x > 2"), ("(3,4]", r"3 < x \leq 4"),
-    # dollars, solutions joined by "or" or commas, names
-    (r"\frac{2}{5}", r"$\frac{2}{5}$"), ("4,7", "x=4, x=7"),
-    ("4,7", r"x = 4 \text{ or } x = 7"),
-    ("4,7", "x = 4 or x = 7"), ("4,7", "x = 7, 4"), ("1,-2", r"-2 \text{ and } 1"),
-    ("5", "x=5"),
-    ("(1,2)", "(a,b) = (1,2)"), (r"\{1,2,3\}", "3,2,1"), ("18", "9+9=18"), ("(3,4)", "(3, 4)"),
-    (r"\{1\pm\sqrt{5},-2\}", r"-2, 1+\sqrt5, 1-\sqrt5"),
-    # percents, units, words, layout
-    ("12.5", r"12.5\%"), (r"12.5\%", "12.5"), (r"\text{Evelyn}", "Evelyn"),
-    (r"\text{(B)}", "B"),
-    ("5", r"5 \text{ cm}"), (r"15\mbox{ cm}^2", "15"), ("5", "5 cm"), (r"\$32,\!348", "32348"),
-    ("1000", "1,000"), (r"120^\circ", "120"), (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}"),
-    (r"\text{even}", "even"), ("9", r"\text{The answer is } 9"), ("5", "5."),
-    ("1000", r"1{,}000"),
-    # equations, bases, values
-    ("x+y=9", "9 = x + y"), ("x+y=9", "2x+2y=18"), ("y = 2x + 3", "2x - y + 3 = 0"),
-    ("x=5", "x = 5"),
-    ("101_{2}", "101_2"), (r"5\sqrt{2}", r"\sqrt{50}"), (r"\frac{1}{2}", "0.5"),
-    ("0.5", r"\frac12"),
-    (r"1\frac{4}{5}", "1.8"), ("6 - 5i", "-5i+6"), (r"\cot x", r"\frac{1}{\tan x}"),
-    ("x^2+2x+1", "(x+1)^2"), (r"\sqrt{2}+\sqrt{3}", r"\sqrt{5+2\sqrt{6}}"), ("p - q", "-q+p"),
-    (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{bmatrix} 1 \\ 2 \end{bmatrix}"),
-    ("18", "9+9"),
-    ("(3, 6/4)", r"(3,\frac{3}{2})"), (r"Hence \boxed{1}, then $\boxed{\frac{3}{4}}$.", "3/4")]
-MATH_WRONG = [
-    ("(3,4)", "3,4"), ("3,4", "(3,4)"), ("(3,4)", "(4,3)"), ("(3,4)", "[3,4]"),
-    ("[0,5)", "[0,5]"),
-    ("(15,-29)", "(8,-2)"), ("-3<x<4", "-3<x<5"), (r"x \ge 2", "x>2"), ("4,7", "x=4,y=7"),
-    (r"(-\infty,1)\cup(2,3]", "(2,3]"), ("1,2,2", "1,2"), ("3", "3,4"),
-    ("3", r"3 \text{ or } 4"),
-    # equations and bases
-    ("x+y=9", "9"), ("x=5", "5"), ("y=2x+3", "2x+3"), ("3", "5=3"), ("3", "3=5"),
-    ("5", "101_2"),
-    ("101_3", "101_2"), ("101_2", "5"),
-    # beyond double precision
-    (r"\frac{1}{2^{61}}", r"\frac{1}{2^{60}}"), (r"\sqrt3", r"\sqrt3+e^{-50}"),
-    (r"(\frac{1}{2^{61}},3)", r"(\frac{1}{2^{60}},3)"), (r"5\sqrt{2}", "7.0710678"),
-    (r"5\sqrt{2}", "7.07106781186547524400"), (r"\frac13", "0.333333"), (r"\pi", "3.14159265"),
-    # a variable is no unit, a scale is none
-    ("5m", "5"), ("5", "5m"), ("5", "5 thousand"), ("5", r"5 \text{ thousand}"), ("x", "y"),
-    (r"\text{even}", r"\text{odd}"),
-    # read in part by a parser
-    ("3", r"3 \approx 4"), ("3", r"\pm 3"), ("7", "4 3"), ("7", r"4 \quad 3"),
-    ("3", r"3 \ldots"),
-    ("12", "1 2"), ("3", "3$ or $4"), ("3", r"3 \equiv 4"), ("10", "1"), ("3", "-3"), ("3", ""),
-    ("3", "}{3"), ("5", "(" * 200 + "5" + ")" * 200), ("5", "5" * 1001)]
+MATH_RIGHT = r"""
+# intervals, named or not on either side; unions in any order
+[0,5) ~ x \in [0, 5) ;; x \in [0, 5) ~ [0,5) ;; (-3,4) ~ -3<x<4 ;; -3<x<4 ~ (-3,4) | 4>x>-3
+[2,\infty) ~ x\ge 2 ;; x \geq 2 ~ [2,\infty) ;; [2,5) ~ \left[2, 5\right)
+(3,4] ~ 3 < x \leq 4 ;; (-\infty,1)\cup(2,3] ~ (2,3] \cup (-\infty, 1)
+x \in (-\infty,1)\cup(2,\infty) ~ x<1 \text{ or } x > 2
+# dollars, solutions joined by "or" or commas, names
+\frac{2}{5} ~ $\frac{2}{5}$ ;; 4,7 ~ x=4, x=7 | x = 4 \text{ or } x = 7 | x = 4 or x = 7
+4,7 ~ x = 7, 4 ;; 1,-2 ~ -2 \text{ and } 1 ;; (1,2) ~ (a,b) = (1,2)
+\{1,2,3\} ~ 3,2,1 ;; 18 ~ 9+9=18 | 9+9
+(3,4) ~ (3, 4) ;; \{1\pm\sqrt{5},-2\} ~ -2, 1+\sqrt5, 1-\sqrt5
+# percents, units, words, layout
+12.5 ~ 12.5\% ;; 12.5\% ~ 12.5 ;; \text{Evelyn} ~ Evelyn ;; \text{(B)} ~ B
+15\mbox{ cm}^2 ~ 15 ;; 5 ~ x=5 | 5 \text{ cm} | 5 cm | 5.
+\$32,\!348 ~ 32348 ;; 1000 ~ 1,000 | 1{,}000
+120^\circ ~ 120 ;; \frac{270}7\text{ degrees} ~ \frac{270}{7} ;; \text{even} ~ even
+9 ~ \text{The answer is } 9
+# equations, bases, values
+x+y=9 ~ 9 = x + y | 2x+2y=18 ;; y = 2x + 3 ~ 2x - y + 3 = 0 ;; x=5 ~ x = 5 ;; 101_{2} ~ 101_2
+5\sqrt{2} ~ \sqrt{50} ;; \frac{1}{2} ~ 0.5 ;; 0.5 ~ \frac12 ;; 1\frac{4}{5} ~ 1.8
+p - q ~ -q+p ;; 6 - 5i ~ -5i+6 ;; \cot x ~ \frac{1}{\tan x} ;; x^2+2x+1 ~ (x+1)^2
+(3, 6/4) ~ (3,\frac{3}{2})
+\sqrt{2}+\sqrt{3} ~ \sqrt{5+2\sqrt{6}} ;; Hence \boxed{1}, then $\boxed{\frac{3}{4}}$. ~ 3/4
+\begin{pmatrix}1\\2\end{pmatrix} ~ \begin{bmatrix} 1 \\ 2 \end{bmatrix}"""
+MATH_WRONG = r"""
+(3,4) ~ 3,4 | (4,3) | [3,4] ;; 3,4 ~ (3,4) ;; [0,5) ~ [0,5] ;; (15,-29) ~ (8,-2) ;; 1,2,2 ~ 1,2
+-3<x<4 ~ -3<x<5 ;; x \ge 2 ~ x>2 ;; 4,7 ~ x=4,y=7 ;; (-\infty,1)\cup(2,3] ~ (2,3]
+# equations and bases
+x+y=9 ~ 9 ;; x=5 ~ 5 ;; y=2x+3 ~ 2x+3 ;; 3 ~ 5=3 | 3=5 ;; 5 ~ 101_2 ;; 101_3 ~ 101_2
+101_2 ~ 5
+# beyond double precision
+\frac{1}{2^{61}} ~ \frac{1}{2^{60}} ;; (\frac{1}{2^{61}},3) ~ (\frac{1}{2^{60}},3)
+5\sqrt{2} ~ 7.0710678 | 7.07106781186547524400 ;; \frac13 ~ 0.333333 ;; \pi ~ 3.14159265
+\sqrt3 ~ \sqrt3+e^{-50}
+# a variable is no unit, a scale is none
+5m ~ 5 ;; 5 ~ 5m | 5 thousand | 5 \text{ thousand} ;; x ~ y ;; \text{even} ~ \text{odd}
+# read in part by a parser
+3 ~ 3,4 | 3 \text{ or } 4 | 3 \approx 4 | \pm 3 | 3 \ldots | 3$ or $4 | 3 \equiv 4 | -3 | }{3
+7 ~ 4 3 | 4 \quad 3 ;; 12 ~ 1 2 ;; 10 ~ 1"""
 
 
 def test_math_rows_of_the_table():
-    rows = [(*row, True) for row in MATH_RIGHT] + [(*row, False) for row in MATH_WRONG]
-    grades = tasks.grade_batch("math", [tagged(rf"\boxed{{{answer}}}") for _, answer,
-                                        _ in rows],
-                               [{"question": "", "answer": gold} for gold, _, _ in rows])
-    wrong = [(*row, g.reason) for row, g in zip(rows, grades) if g.correct != row[2]]
-    assert not wrong
+    nested = "(" * 200 + "5" + ")" * 200
+    wrong = [*rows(MATH_WRONG), ("3", ""), ("5", "5" * 1001), ("5", nested)]
+    table = [(*row, True) for row in rows(MATH_RIGHT)] + [(*row, False) for row in wrong]
+    texts = [rf"<think>a</think><answer>\boxed{{{answer}}}</answer>" for _, answer, _ in table]
+    grades = tasks.grade_batch("math", texts, [{"answer": gold} for gold, _, _ in table])
+    assert [] == [row for row, got in zip(table, grades) if got.correct != row[2]]
     assert all(g.reward == (4 if g.correct else 1) for g in grades)
-    bare = tasks.grade("math", tagged(r"$\frac{2}{5}$"), {"question": "", "answer": "0.4"})
+    bare = grade("math", r"$\frac{2}{5}$", {"answer": "0.4"})
     assert bare.correct and bare.metrics == {"tagged": 1.0, "string_match": 0.0}
-    same = tasks.grade("math", r"so \boxed{\dfrac{1}{2}}",
-                       {"question": "", "answer": r"\frac{1}{2}"})
+    assert grade("math", "]0,5[", {"answer": "]0,5["}).correct        # equal as text
+    same = tasks.grade("math", r"so \boxed{\dfrac{1}{2}}", {"answer": r"\frac{1}{2}"})
     assert same.reward == 3 and same.metrics == {"tagged": 0.0, "string_match": 1.0}
 
 
 def test_math_lists_keep_their_order_where_the_question_asks_for_one():
     for question, correct in (("List them in increasing order.", False), ("List them.", True)):
         example = {"question": question, "answer": "1,2,3"}
-        assert tasks.grade("math", tagged("3,1,2"), example).correct == correct
-        assert tasks.grade("math", tagged("1, 2, 3"), example).correct
+        assert grade("math", "3,1,2", example).correct == correct
+        assert grade("math", "1, 2, 3", example).correct
 
 
 def test_honest_answers_beside_runaways_are_judged(caplog):
     math_task.judge([("1", "2-1", False)])                           # the child has started
-    runaways = ["9^{9^{9^{9}}}", "99999999!", "9^{9^9}+1"]
-    answers = [*runaways, *[f"{i}+{18 - i}" for i in range(500)]]
+    honest = [f"{i}+{18 - i}" for i in range(500)]
+    answers = ["9^{9^{9^{9}}}", "99999999!", "9^{9^9}+1", *honest]
     start = time.monotonic()
-    with caplog.at_level(logging.WARNING, logger="tasks"):
-        grades = tasks.grade_batch("math", [tagged(rf"\boxed{{{a}}}") for a in answers],
-                                   [{"question": "", "answer": "18"}] * len(answers))
+    grades = tasks.grade_batch("math", [rf"\boxed{{{answer}}}" for answer in answers],
+                               [EXAMPLES["math"]] * len(answers))
     assert [g.correct for g in grades] == [False] * 3 + [True] * 500
     assert time.monotonic() - start < 60 and "count as wrong" in caplog.text
-    zombies = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "stat="],
-                             capture_output=True, text=True).stdout.count("Z")
-    assert zombies == 0
+    children = ["ps", "--ppid", str(os.getpid()), "-o", "stat="]
+    assert "Z" not in subprocess.run(children, capture_output=True, text=True).stdout
 
 
 def test_a_warning_cannot_write_escape_sequences_or_forge_a_line(caplog, monkeypatch):
     monkeypatch.setattr(math_task, "judge", lambda questions: dict.fromkeys(questions))
-    with caplog.at_level(logging.WARNING, logger="tasks"):
-        example = {"question": "", "answer": "18"}
-        got = tasks.grade("math", tagged("9\x1b2J\n\u202eCORRECT"), example)
+    got = grade("math", "9\x1b2J\n\u202eCORRECT")
     assert not got.correct and got.reason == "not judged in time" and got.parsed.isprintable()
     assert caplog.records[0].getMessage().isprintable()
 
@@ -443,26 +404,26 @@ def test_a_killed_child_is_replaced():
         os.kill(math_task.judge.process.pid, signal.SIGKILL)
 
 
-def test_the_child_dies_with_its_parent_and_has_no_torch(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(f"""
+ORPHAN = f"""
 import os, sys, threading
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "lab")!r}]
 import math_task, tasks
-example = {{"question": "", "answer": "18"}}
-out = []
-ask = lambda: out.append(tasks.grade("math", r"\\boxed{{9+9}}", example))
+def ask():
+    print(tasks.grade("math", r"\\boxed{{9+9}}", {{"answer": "18"}}).correct, end=" ")
 thread = threading.Thread(target=ask)
 thread.start(); thread.join()
 pid = math_task.judge.process.pid
-print(out[0].correct, "libtorch" in open(f"/proc/{{pid}}/maps").read(), pid, flush=True)
+print("libtorch" in open(f"/proc/{{pid}}/maps").read(), pid, flush=True)
 os.kill(os.getpid(), 9)     # no atexit, no finally
-""")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+"""
+
+
+def test_the_child_dies_with_its_parent_and_has_no_torch():
+    done = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, text=True)
     correct, torch_there, pid = done.stdout.split()
     assert (correct, torch_there, done.returncode) == ("True", "False", -9), done.stderr
+    status = Path(f"/proc/{pid}/status")
     for _ in range(50):
-        status = Path(f"/proc/{pid}/status")
         if not status.exists() or "State:\tZ" in status.read_text():
             return
         time.sleep(0.1)
@@ -477,37 +438,34 @@ def test_a_missing_math_verify_is_an_error_and_not_a_wrong_answer(monkeypatch):
 
 # --- Multiple choice --------------------------------------------------------------------------
 
-@pytest.mark.parametrize("answer, correct", [
-    *[(a, True) for a in ("B", "b", "(B)", "B.", " B\n", r"\boxed{B}", r"$\boxed{(b)}$",
-                          "B. there",
-                          "B) there", "B: word", r"\boxed{\text{B}}")],
-    *[(a, False) for a in ("A", "A or B", "there", "BB", "", "B. here", "B. or A", "C", "E",
-                           "1")]])
-def test_multiple_choice_takes_one_letter(answer, correct):
-    example = {"question": "Where?", "choices": ["here", "there"], "answer": "B"}
-    got = grade("commonsense_qa", answer, example)
-    assert got.correct == correct and got.reward == (4 if correct else 1)
+def test_multiple_choice_takes_one_letter():
+    right = ["B", "b", "(B)", "B.", " B\n", r"\boxed{B}", r"$\boxed{(b)}$", "B. there",
+             "B) there", "B: word", r"\boxed{\text{B}}"]
+    wrong = ["A", "A or B", "there", "BB", "", "B. here", "B. or A", "C", "E", "1"]
+    for answer in (*right, *wrong):
+        got = grade("hellaswag", answer)
+        assert (got.correct, got.reward) == ((True, 4) if answer in right else (False, 1))
 
 
 # --- Any text at all --------------------------------------------------------------------------
 
 PIECES = st.sampled_from([
     "<think>", "</think>", "<answer>", "</answer>", "\\boxed{", "}", "{", "\\", "$", "(", ")",
-    "17",
-    "18", "5", " ", "\n", "*", "-", "=", "/", ",", ".", "\\left(", "\\frac{", "\\text{",
-    "\ud800",
-    "\0", "１", "a", "the", "final"])
+    "17", "18", "5", " ", "\n", "*", "-", "=", "/", ",", ".", "\\left(", "\\frac{", "\\text{",
+    "\ud800", "\0", "１", "a", "the", "final"])
 
 
-def quick(task, text):
+def quick(text):
     """Grade three times at most, as the machine may be busy: the best must be under 50 ms."""
-    times = []
-    while len(times) < 3 and (not times or min(times) >= 0.05):
-        start = time.process_time()
-        got = tasks.grade(task, text, EXAMPLES[task])
-        times.append(time.process_time() - start)
-    assert min(times) < 0.05, (task, text[:80], times)
-    return got
+    for task in QUICK:
+        times = []
+        while len(times) < 3 and (not times or min(times) >= 0.05):
+            start = time.process_time()
+            got = tasks.grade(task, text, EXAMPLES[task])
+            times.append(time.process_time() - start)
+        assert min(times) < 0.05, (task, text[:80], times)
+        assert 0 <= got.format <= 1 and got.format <= got.reward <= 4
+        assert got.correct <= (got.reward == got.format + 3) and got.parsed.isprintable()
 
 
 @settings(max_examples=60, deadline=None)
@@ -516,44 +474,39 @@ def quick(task, text):
 def test_any_text_up_to_100_kb_gets_a_grade_in_50_ms(before, repeated, after):
     repeated = "".join(repeated)
     text = "".join(before) + repeated * (100_000 // max(1, len(repeated))) + "".join(after)
-    for wrapped in (text[:100_000], f"<think>a</think><answer>{text[:99_900]}</answer>"):
-        for task in EXAMPLES:
-            got = quick(task, wrapped)
-            assert 0 <= got.format <= 1 and got.format <= got.reward <= 4
-            assert got.correct <= (got.reward == got.format + 3) and got.parsed.isprintable()
+    quick(text[:100_000])
+    quick(f"<think>a</think><answer>{text[:99_900]}</answer>")
 
 
 @pytest.mark.parametrize("core", [
     "(" * 50_000 + "1" + ")" * 50_000, "(" * 490, "1+" * 49_000 + "1", "9" * 100_000,
-    "1+" * 249,
-    "17*5-18=" + "9" * 99_000, "17*5-18=" + "9" * 490, " " * 99_000 + "1", "1 " * 50_000,
-    "1(1" * 30_000, "\\boxed{" * 14_000, "\\boxed{" + "{" * 99_000, "\\boxed" + " " * 99_000,
-    "\\boxed{" + "{}" * 49_000 + "}", "\\boxed{1}" * 11_000, "1" + ",000" * 24_000,
-    "$" * 99_000,
-    "=" * 99_000, "18" + " " * 99_000 + "dollars", "18" + " a" * 40_000, "<answer>" * 12_000,
+    "1+" * 249, "17*5-18=" + "9" * 99_000, "17*5-18=" + "9" * 490, " " * 99_000 + "1",
+    "1 " * 50_000, "1(1" * 30_000, "\\boxed{" * 14_000, "\\boxed{" + "{" * 99_000,
+    "\\boxed" + " " * 99_000, "\\boxed{" + "{}" * 49_000 + "}", "\\boxed{1}" * 11_000,
+    "1" + ",000" * 24_000, "$" * 99_000, "$" * 500, "\\(" * 250, "=" * 99_000,
+    "18" + " " * 99_000 + "dollars", "18" + " a" * 40_000, "<answer>" * 12_000,
     "<think><answer></think></answer>" * 3000, "<think>" * 14_000, "<" * 99_000, "the" * 33_000,
-    "</answer>" * 11_000, "93" + "**30" * 20_000, "\\" * 99_000, "7" * 4301,
-    "0" * 9000 + "17*5-18",
-    "\\boxedboxed" * 9_000 + "!", "your final answer" * 6000 + "!"],
-    ids=lambda core: f"{core[:12]}-{len(core)}")
+    "</answer>" * 11_000, "93" + "**30" * 20_000, "\\" * 99_000, "7" * 4301, "9*" * 249 + "9",
+    "0" * 9000 + "17*5-18", "\\boxedboxed" * 9_000 + "!", "your final answer" * 6000 + "!",
+    "1/3+" * 120 + "1/7"], ids=lambda core: f"{core[:12]}-{len(core)}")
 def test_the_worst_texts_we_could_think_of_are_quick(core):
-    for task in EXAMPLES:
-        for text in (core, f"<answer>{core}</answer>", f"<think>{core}</think><answer>{core}"):
-            quick(task, text)
+    for text in (core, f"<answer>{core}</answer>", f"<think>{core}</think><answer>{core}"):
+        quick(text)
     start = time.process_time()
     math_task.plain(core[:1000]), math_task.objection("18", core)    # before a child is asked
     assert time.process_time() - start < 0.1
 
 
-def test_nothing_the_model_wrote_is_executed():
-    for file in ("tasks.py", "lab/math_task.py", "lab/choice_task.py"):
-        names = {node.func.id for node in ast.walk(ast.parse((ROOT / file).read_text()))
+def test_nothing_the_model_wrote_is_executed(tmp_path):
+    for module in (tasks, math_task, choice_task):
+        tree = ast.parse(Path(module.__file__).read_text())
+        names = {node.func.id for node in ast.walk(tree)
                  if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
         assert not names & {"eval", "exec", "compile", "__import__", "sympify", "parse_expr"}
-    bomb = "__import__('os').system('touch /tmp/executed_by_a_grader')"
-    for task, example in {**EXAMPLES, "math": {"question": "", "answer": "18"}}.items():
-        assert not grade(task, rf"\boxed{{{bomb}}}", example).correct
-    assert not Path("/tmp/executed_by_a_grader").exists()
+    for task in EXAMPLES:
+        bomb = f"__import__('os').system('touch {tmp_path}/executed')"
+        assert not grade(task, rf"\boxed{{{bomb}}}").correct
+    assert not list(tmp_path.iterdir())
 
 
 # --- Generated data ---------------------------------------------------------------------------
@@ -604,118 +557,118 @@ def test_sudoku_puzzles_have_one_solution_and_splits_share_no_grid(empties):
     assert not grids["train"] & grids["test"]
 
 
-def test_prompts_have_rules_examples_and_a_short_user_turn():
-    for name, example, user in (
-            ("countdown", {"nums": [3, 5, 7], "target": 36}, "Numbers: 3 5 7\nTarget: 36"),
-            ("sudoku", SUDOKU, "Sudoku:\n1 0 0 2\n0 2 0 1\n0 0 0 3\n0 3 1 0"),
-            ("gsm8k", {"question": "How many?", "answer": "3"}, "How many?"),
-            ("math", {"question": "Why?", "answer": "3"}, "Why?"),
-            ("hellaswag", {"question": "Where?", "choices": ["here", "there"], "answer": "B"},
-             "Where?\nA. here\nB. there")):
-        system, turn = tasks.TASKS[name].prompt(example)
-        assert system["role"] == "system" and turn == {"role": "user", "content": user}
-        assert all(tag in system["content"] for tag in ("<think>", "</think>", "<answer>"))
-        assert ("boxed" in system["content"]) == (name in ("gsm8k", "math"))
-    rules = tasks.TASKS["countdown"].prompt(COUNTDOWN)[0]["content"]
-    worked = re.search(r"Numbers: ([\d ]+) and Target: (\d+), write (<answer>.*</answer>)",
-                       rules)
-    example = {"nums": [int(n) for n in worked[1].split()], "target": int(worked[2])}
-    assert tasks.grade("countdown", worked[3],
-                       example).reward == 4 and not tasks.in_test(**example)
-    rules = tasks.TASKS["sudoku"].prompt(SUDOKU)[0]["content"]
+@pytest.mark.parametrize("name, user", [
+    ("countdown", "Numbers: 17 18 5\nTarget: 67"), ("gsm8k", "How many?"), ("math", "Why?"),
+    ("sudoku", "Sudoku:\n1 0 0 2\n0 2 0 1\n0 0 0 3\n0 3 1 0"),
+    ("hellaswag", "Where?\nA. here\nB. there")])
+def test_prompts_have_the_rules_and_a_short_user_turn(name, user):
+    system, turn = tasks.TASKS[name].prompt(EXAMPLES[name])
+    assert system["role"] == "system" and turn == {"role": "user", "content": user}
+    assert all(tag in system["content"] for tag in ("<think>", "</think>", "<answer>"))
+    assert ("boxed" in system["content"]) == (name in ("gsm8k", "math"))
+
+
+def test_worked_examples_of_the_prompts_are_right_and_no_test_problems():
+    rules = tasks.TASKS["countdown"].prompt(EXAMPLES["countdown"])[0]["content"]
+    pattern = r"Numbers: ([\d ]+) and Target: (\d+), write (<answer>.*</answer>)"
+    nums, target, answer = re.search(pattern, rules).groups()
+    example = {"nums": [int(n) for n in nums.split()], "target": int(target)}
+    assert tasks.grade("countdown", answer, example).reward == 4
+    assert not tasks.in_test(**example)
+    rules = tasks.TASKS["sudoku"].prompt(EXAMPLES["sudoku"])[0]["content"]
     assert len(set(tasks.SUDOKU_EXAMPLES)) == 3 == rules.count("<answer>") - 1
     for puzzle, solution in tasks.SUDOKU_EXAMPLES:
-        assert solve(puzzle) == [solution] and solution in tasks.split_grids("train")
+        assert solve(puzzle) == [solution] and solution in tasks.grids()[58:]
         assert f"{tasks.sudoku_question(puzzle)}\n<answer>{solution}</answer>" in rules
 
 
 def test_the_examples_of_the_docstrings_earn_4():
     for module in (tasks, choice_task, math_task):
-        for problem, text in re.findall(r"(\{\"\w+\": .*\})\s+(<\w+>.*</answer>)",
-                                        module.__doc__):
+        examples = re.findall(r"(\{\"\w+\": .*\})\s+(<\w+>.*</answer>)", module.__doc__)
+        assert examples
+        for problem, text in examples:
             example = ast.literal_eval(problem)
-            name = {"nums": "countdown", "puzzle": "sudoku"}.get(next(iter(example)), "gsm8k")
-            name = "commonsense_qa" if "choices" in example else name
-            name = "math" if module is math_task else name
+            (name,) = [name for name in EXAMPLES if EXAMPLES[name].keys() == example.keys()
+                       and (name == "math") == (module is math_task)]
             assert tasks.grade(name, text, example).reward == 4
 
 
 # --- Training never sees a test problem -------------------------------------------------------
 
 def write(path, *lines):
-    path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines),
-                    encoding="utf-8")
+    lines = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return str(path)
 
 
+@pytest.fixture
+def hub(monkeypatch):
+    """Rows for the two splits of any data set: {"train": [..], "test": [..]}."""
+    rows, real = {}, tasks.rows_of
+    monkeypatch.setattr(tasks, "rows_of", lambda split, file, name: (
+        real(split, file, name) if file else (rows[split], "the hub")))
+    return rows
+
+
+NUMBERS = [{"nums": [a, 7, 9], "target": a + 16} for a in range(1, 41)]
 ROWS = {
-    "countdown": [{"nums": [a, 7, 9], "target": a + 16} for a in range(1, 41)],
-    "countdown-3to4": [{"nums": [a, 7, 9], "target": a + 16} for a in range(1, 41)],
-    "sudoku": [{"Puzzle": "0" + grid[1:], "Solution": grid} for grid in tasks.grids()[:40]],
+    "countdown": NUMBERS, "countdown-3to4": NUMBERS,
+    "sudoku": [{"Puzzle": "0" + grid[1:], "Solution": grid} for grid in sorted(tasks.grids())],
     "gsm8k": [{"question": f"How many is {n}?", "answer": f"#### {n}"} for n in range(40)],
     "math": [{"problem": f"What is ${n}$?", "level": "Level 1", "solution": rf"\boxed{{{n}}}"}
              for n in range(40)],
     "commonsense_qa": [{"question": f"Is it {n}?", "choices": {"text": ["yes", "no"]},
                         "answerKey": "A"} for n in range(40)],
     "hellaswag": [{"ctx": f"{n}.", "endings": ["a", "b"], "label": "1"} for n in range(40)]}
-
-
 LEFT_OUT = "10 rows left out because they are test problems"
 
 
 @pytest.mark.parametrize("train_from", ["hub", "file"])
 @pytest.mark.parametrize("test_from", ["hub", "file"])
 @pytest.mark.parametrize("task", ROWS)
-def test_training_never_sees_a_test_problem(tmp_path, monkeypatch, task, train_from, test_from):
+def test_training_never_sees_a_test_problem(tmp_path, hub, task, train_from, test_from):
     """Rows 0-29 are for training, 20-39 for testing; both splits may be generated as well."""
-    rows = {"train": ROWS[task][:30], "test": ROWS[task][20:]}
-    monkeypatch.setattr(tasks, "read_hub", lambda split, *where: (rows[split], "the hub"))
-    files = {split: write(tmp_path / f"{split}.jsonl", *rows[split]) for split in rows}
-    origin = {"train": train_from, "test": test_from}
-    file = {split: files[split] if origin[split] == "file" else None for split in rows}
-    test = tasks.load(task, "test", file=file["test"])
-    train = tasks.load(task, "train", file=file["train"], held_out=test)
+    hub.update(train=ROWS[task][:30], test=ROWS[task][20:40])
+    files = {split: write(tmp_path / f"{split}.jsonl", *hub[split]) for split in hub}
+    test_file, train_file = (files[split] if origin == "file" else None
+                             for split, origin in (("test", test_from), ("train", train_from)))
+    test = tasks.load(task, "test", file=test_file)
+    train = tasks.load(task, "train", file=train_file, held_out=test)
     known = {tasks.key(tasks.TASKS[task], example) for example in test}
-    seen = [e for e in train[:300] if tasks.key(tasks.TASKS[task], e) in known]
-    assert not seen
-    if file["test"]:
-        assert len(test) == 20                  # nothing of it is parted away
+    assert not [e for e in train[:300] if tasks.key(tasks.TASKS[task], e) in known]
+    assert len(test) == 20 or not test_file         # nothing of a file is parted away
     if task not in ("countdown", "sudoku", "countdown-3to4"):
         assert len(train) == 20 and LEFT_OUT in train.source
 
 
 def test_generated_problems_that_a_test_file_holds_are_drawn_again(tmp_path):
-    plain = tasks.load("countdown", "train", seed=1, numbers=2, max_number=9)
+    options = {"seed": 1, "numbers": 2, "max_number": 9}
+    plain = tasks.load("countdown", "train", **options)
     held_out = [{"nums": e["nums"][::-1], "target": e["target"]} for e in plain[:50]]
-    file = write(tmp_path / "t.jsonl", *held_out)
-    test = tasks.load("countdown", "test", file=file)
-    train = tasks.load("countdown", "train", seed=1, numbers=2, max_number=9, held_out=test)
-    known = {(*sorted(e["nums"]), e["target"]) for e in held_out}
-    assert not known & {(*sorted(e["nums"]), e["target"]) for e in train[:300]}
+    test = tasks.load("countdown", "test", file=write(tmp_path / "t.jsonl", *held_out))
+    train = tasks.load("countdown", "train", held_out=test, **options)
+    key = tasks.TASKS["countdown"].key
+    assert not [e for e in train[:300] if key(e) in map(key, held_out)]
     assert train[:300] == train[:300] and "no test problem" in train.source
-    kept = [i for i in range(300) if (*sorted(plain[i]["nums"]),
-                                      plain[i]["target"]) not in known]
+    kept = [i for i in range(300) if key(plain[i]) not in map(key, held_out)]
     assert kept and all(train[i] == plain[i] for i in kept)          # the others are untouched
-    everything = [{"Puzzle": grid, "Solution": grid} for grid in tasks.grids()]
-    test = tasks.load("sudoku", "test", file=write(tmp_path / "s.jsonl", *everything))
+    test = tasks.load("sudoku", "test", file=write(tmp_path / "s.jsonl", *ROWS["sudoku"]))
     with pytest.raises(tasks.TaskError, match="no training problem"):
         tasks.load("sudoku", "train", held_out=test)
 
 
-def test_without_held_out_the_hub_s_test_problems_are_left_out_all_the_same(tmp_path,
-                                                                            monkeypatch):
-    rows = {"train": ROWS["math"][:30], "test": ROWS["math"][20:]}
-    monkeypatch.setattr(tasks, "read_hub", lambda split, *where: (rows[split], "the hub"))
+def test_without_held_out_the_hub_s_test_problems_are_left_out_all_the_same(tmp_path, hub):
+    hub.update(train=ROWS["math"][:30], test=ROWS["math"][20:])
     train = tasks.load("math", "train")
     assert len(train) == 20 and LEFT_OUT in train.source
-    train = tasks.load("math", "train", file=write(tmp_path / "t.jsonl", *rows["train"]))
+    train = tasks.load("math", "train", file=write(tmp_path / "t.jsonl", *hub["train"]))
     assert len(train) == 30 and "test problems not looked for" in train.source
 
 
-def test_the_hub_s_one_split_of_3to4_is_parted_by_problem(monkeypatch):
+def test_the_hub_s_one_split_of_3to4_is_parted_by_problem(hub):
     pool = [{"nums": [a, b, 7] + [9] * (a % 2), "target": a + b}
             for a in range(1, 30) for b in range(1, 20)]
-    monkeypatch.setattr(tasks, "read_hub", lambda split, *where: (pool, "the hub"))
+    hub.update(train=pool, test=pool)
     train, test = (list(tasks.load("countdown-3to4", split)) for split in ("train", "test"))
     assert sorted(map(str, train + test)) == sorted(str(r) for r in pool if len(r["nums"]) == 3)
     assert test and all(tasks.in_test(**e) for e in test)
@@ -723,14 +676,12 @@ def test_the_hub_s_one_split_of_3to4_is_parted_by_problem(monkeypatch):
 
 
 def test_math_trains_on_levels_1_to_4(tmp_path):
-    rows = [{"problem": f"{i}", "level": level, "solution": solution} for i,
-            (level, solution) in
-            enumerate([("Level 1", r"\boxed{1}, then \boxed{\frac{1}{2}}."),
-                       ("Level 5", r"\boxed{5}"),
-                       ("Level ?", r"\boxed{7}"), ("Level 4", r"is $\boxed 4$."),
-                       ("Level 2", "none"),
-                       ("Level 3", r"\fbox{3}"), ("Level 2", r"\boxed{\{2\}}")])]
-    file = write(tmp_path / "train.jsonl", *rows)
+    levels = [("1", r"\boxed{1}, then \boxed{\frac{1}{2}}."), ("5", r"\boxed{5}"),
+              ("?", r"\boxed{7}"), ("4", r"is $\boxed 4$."), ("2", "none"), ("3", r"\fbox{3}"),
+              ("2", r"\boxed{\{2\}}")]
+    file = write(tmp_path / "train.jsonl", *(
+        {"problem": solution, "level": f"Level {level}", "solution": solution}
+        for level, solution in levels))
     train = tasks.load("math", "train", file=file)
     assert [e["answer"] for e in train] == [r"\frac{1}{2}", "4", "3", r"\{2\}"]
     assert "3 rows left out" in train.source
@@ -739,98 +690,88 @@ def test_math_trains_on_levels_1_to_4(tmp_path):
 
 # --- Files and the hub ------------------------------------------------------------------------
 
-def test_files_of_every_kind_are_read_by_datasets(tmp_path):
-    import datasets
-    file = write(tmp_path / "t.jsonl", {"input": "30,100,93", "output": "23"}, "",
-                 {"nums": [4, 60, 13, 2], "target": 73})
-    data = tasks.load("countdown", "test", file=file)
-    assert list(data) == [{"nums": [30, 100, 93], "target": 23},
-                          {"nums": [4, 60, 13, 2], "target": 73}]
-    assert data.source == f"--test_file {file}"
-    assert len(tasks.load("countdown", "test", file=file, size=1)) == 1
-    puzzle = "00" + SOLUTION[2:6] + "0" * 4 + SOLUTION[10:]
-    file = write(tmp_path / "s.csv", "\ufeffPuzzle,Solution", f"{puzzle},{SOLUTION}")
-    assert list(tasks.load("sudoku", "test", file=file)) == [{"puzzle": puzzle,
-                                                              "solution": SOLUTION}]
-    file = write(tmp_path / "g.csv", "question,answer", "007,1")        # all columns are text
-    assert tasks.load("gsm8k", "test", file=file)[0]["question"] == "007"
-    file = write(tmp_path / "s.jsonl", {"Puzzle": int(puzzle), "Solution": int(SOLUTION)})
-    assert tasks.load("sudoku", "test", file=file)[0]["puzzle"] == puzzle
-    rows = [{"question": "a", "answer": 18}, {"question": "b", "answer": 27.0},
-            {"question": "c", "answer": "1 #### 1,000"}]
-    golds = [e["answer"] for e in tasks.load("gsm8k", "test",
-                                             file=write(tmp_path / "g.jsonl", *rows))]
-    assert golds == ["18", "27", "1,000"]
-    datasets.Dataset.from_list(rows[:2]).to_parquet(str(tmp_path / "g.parquet"))
-    parquet = tasks.load("gsm8k", "test", file=str(tmp_path / "g.parquet"))
-    assert [e["answer"] for e in parquet] == ["18", "27"]
+ZEROS = "00" + SOLUTION[2:6] + "0000" + SOLUTION[10:]
+
+
+@pytest.mark.parametrize("task, name, lines, examples", [
+    ("countdown", "t.jsonl", [{"input": "30,100,93", "output": "23"}, "",
+                              {"nums": [4, 60, 13, 2], "target": 73}],
+     [{"nums": [30, 100, 93], "target": 23}, {"nums": [4, 60, 13, 2], "target": 73}]),
+    ("sudoku", "s.csv", ["\ufeffPuzzle,Solution", f"{ZEROS},{SOLUTION}"],
+     [{"puzzle": ZEROS, "solution": SOLUTION}]),
+    ("sudoku", "s.jsonl", [{"Puzzle": int(ZEROS), "Solution": int(SOLUTION)}],
+     [{"puzzle": ZEROS, "solution": SOLUTION}]),
+    ("gsm8k", "g.csv", ["question,answer", "007,1"], [{"question": "007", "answer": "1"}]),
+    ("gsm8k", "g.jsonl", [{"question": "a", "answer": 18}, {"question": "b", "answer": 27.0},
+                          {"question": "c", "answer": "1 #### 1,000"}],
+     [{"question": "a", "answer": "18"}, {"question": "b", "answer": "27"},
+      {"question": "c", "answer": "1,000"}])])
+def test_files_of_every_kind_are_read_by_datasets(tmp_path, task, name, lines, examples):
+    file = write(tmp_path / name, *lines)
+    data = tasks.load(task, "test", file=file)
+    assert list(data) == examples and data.source == f"--test_file {file}"
+    assert len(tasks.load(task, "test", file=file, size=1)) == 1
+    datasets.Dataset.from_list(examples).to_parquet(tmp_path / "p.parquet")
+    assert list(tasks.load(task, "test", file=tmp_path / "p.parquet")) == examples
 
 
 @pytest.mark.parametrize("task, name, lines, where", [
-    ("countdown", "b.jsonl", [{"input": "1,2,3", "output": "6"}, {"input": "1,x,3",
-                                                                  "output": "6"}], 2),
+    ("countdown", "b.jsonl", [*NUMBERS[:1], {"nums": ["1", "x", "3"], "target": 6}], 2),
+    ("countdown", "b.jsonl", ['{"input": "1,2", "output": "3"}',
+                              '{"input": "1,x", "output": "3"}'], 2),
     *[("countdown", "b.jsonl", [row], 1) for row in (
-        {"nums": [1, 2.5], "target": 3}, {"nums": [], "target": 3},
-        {"nums": [1, -2], "target": 3},
-        {"nums": [1, 2]}, {"nums": 7, "target": 3}, {"nums": [1, None], "target": 3},
-        '{"nums": [1, ' + "9" * 5000 + '], "target": 3}',
+        {"nums": [1, 2.5], "target": 3}, {"nums": [], "target": 3}, {"nums": [1, 2]},
+        {"nums": [1, -2], "target": 3}, {"nums": 7, "target": 3},
+        {"nums": [1, None], "target": 3}, '{"nums": [1, ' + "9" * 5000 + '], "target": 3}',
         '{"nums": [1, 2], "target": "1e999999999"}')],
     ("countdown", "b.csv", ["input,output", '"1,2,3",6', '"1,2,3"'], 2),
     ("sudoku", "b.csv", ["Puzzle,Solution", f"{PUZZLE},{SOLUTION}",
                          f"9{PUZZLE[1:]},{SOLUTION}"], 2),
     ("sudoku", "b.csv", ["Puzzle,Solution", f"{PUZZLE},{SOLUTION[::-1]}"], 1),
     ("sudoku", "b.csv", ["a,b", "1,2"], 1),
-    ("gsm8k", "b.jsonl", [{"question": "q", "answer": "#### 3"}, {"question": "q",
-                                                                  "answer": "three"}], 2),
+    ("gsm8k", "b.jsonl", [*ROWS["gsm8k"][:1], {"question": "q", "answer": "three"}], 2),
     *[("gsm8k", "b.jsonl", [row], 1) for row in (
-        {"question": "q"}, {"question": None, "answer": "3"},
-        {"question": "q", "answer": "1e999999999"},
-        {"question": "q", "answer": None}, {"question": "q", "answer": ["3"]})],
+        {"question": "q"}, {"question": None, "answer": "3"}, {"question": "q", "answer": None},
+        {"question": "q", "answer": "1e999999999"}, {"question": "q", "answer": ["3"]})],
     ("math", "b.jsonl", [{"problem": 3, "solution": r"\boxed{3}"}], 1),
-    ("commonsense_qa", "b.jsonl", [{"question": "q", "choices": {"text": ["a"]},
-                                    "answerKey": "B"}], 1),
+    ("commonsense_qa", "b.jsonl", [{**ROWS["commonsense_qa"][0], "answerKey": "C"}], 1),
     ("hellaswag", "b.jsonl", [{"ctx": "c", "endings": ["a"], "label": "4"}], 1)])
 def test_a_bad_row_is_named_by_file_and_row(tmp_path, task, name, lines, where):
     file = write(tmp_path / name, *lines)
     with pytest.raises(tasks.TaskError) as error:
         tasks.load(task, "train", file=file)
     message = str(error.value)
-    assert f"--train_file {file}" in message and "\n" not in message
-    assert f"row {where}" in message
+    assert f"--train_file {file}" in message and f"row {where}" in message
+    assert "\n" not in message
 
 
-def test_files_that_cannot_be_read_are_one_sentence(tmp_path, capfd):
-    for name, content in {
-            "binary.csv": b"Puzzle,Solution\n\xff\xfe,1\n", "binary.jsonl": b"\xff\xfe{}\n",
-            "empty.jsonl": b"", "empty.csv": b"", "notes.txt": b"hello",
-            "array.json": b'[{"a": 1}]',
-            "rows.jsonl": b"[1, 2]\n", "broken.jsonl": b'{"a": 1}\n{\n',
-            "deep.jsonl": b"[" * 100_000,
-            "huge.jsonl": b'{"question": "q", "answer": 1e999999999}', "text.jsonl": b'"abc"\n',
-            "no.jsonl": b"{}\n",
-            "blank.jsonl": b"\n\n", "bad.parquet": b"nonsense",
-            "head.csv": b"Puzzle,Solution\n"}.items():
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "folder").mkdir()
-    for file in [*tmp_path.iterdir(), tmp_path / "none.jsonl"]:
-        with pytest.raises(tasks.TaskError) as error:
-            tasks.load("gsm8k", "test", file=str(file))
-        assert f"--test_file {file}" in str(error.value) and "\n" not in str(error.value)
+@pytest.mark.parametrize("name, content", [
+    ("binary.csv", b"Puzzle,Solution\n\xff\xfe,1\n"), ("binary.jsonl", b"\xff\xfe{}\n"),
+    ("empty.jsonl", b""), ("empty.csv", b""), ("notes.txt", b"hello"), ("bad.parquet", b"no"),
+    ("array.json", b'[{"a": 1}]'), ("rows.jsonl", b"[1, 2]\n"), ("text.jsonl", b'"abc"\n'),
+    ("broken.jsonl", b'{"a": 1}\n{\n'), ("deep.jsonl", b"[" * 100_000), ("no.jsonl", b"{}\n"),
+    ("huge.jsonl", b'{"question": "q", "answer": 1e999999999}'), ("blank.jsonl", b"\n\n"),
+    ("head.csv", b"Puzzle,Solution\n"), ("none.jsonl", None), (".", None)])
+def test_files_that_cannot_be_read_are_one_sentence(tmp_path, capfd, name, content):
+    file = tmp_path / name
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(tasks.TaskError) as error:
+        tasks.load("gsm8k", "test", file=str(file))
+    assert f"--test_file {file}" in str(error.value) and "\n" not in str(error.value)
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("hub", ["refuses", "is silent", "is looked up for ever"])
-def test_an_unreachable_hub_is_one_sentence_within_seconds(monkeypatch, hub):
-    import datasets
-    import huggingface_hub
+@pytest.mark.parametrize("answers", ["refuses", "is silent", "is looked up for ever"])
+def test_an_unreachable_hub_is_one_sentence_within_seconds(monkeypatch, answers):
     monkeypatch.setattr(tasks, "HUB_SECONDS", 0.5)
-    where = {"test": ("nobody/none-such", "main", "test")}
-    monkeypatch.setitem(tasks.TASKS, "gsm8k", replace(tasks.TASKS["gsm8k"], hub=where))
+    task = replace(tasks.TASKS["gsm8k"], hub={"test": "nobody/none-such main test"})
+    monkeypatch.setitem(tasks.TASKS, "gsm8k", task)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        if hub == "is silent":
+        if answers == "is silent":
             server.listen()
-        if hub == "is looked up for ever":
+        if answers == "is looked up for ever":
             monkeypatch.setattr(huggingface_hub, "get_session", lambda: time.sleep(5))
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
@@ -843,7 +784,6 @@ def test_an_unreachable_hub_is_one_sentence_within_seconds(monkeypatch, hub):
 
 
 def test_without_a_hub_the_cache_is_used(tmp_path, monkeypatch):
-    import datasets
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     monkeypatch.setattr(tasks, "hub_answers", lambda huggingface_hub: False)
     data = datasets.Dataset.from_list([{"question": "q", "answer": "#### 3"}])
@@ -853,19 +793,17 @@ def test_without_a_hub_the_cache_is_used(tmp_path, monkeypatch):
     cached = tmp_path / "openai___gsm8k/main/0.0.0/0123abcd"        # as a download leaves it
     cached.mkdir(parents=True)
     for file in made.iterdir():
-        name = file.name.replace("parquet-", "gsm8k-")
-        content = file.read_bytes()
-        if name == "dataset_info.json":
-            info = {**json.loads(content), "dataset_name": "gsm8k", "config_name": "main"}
-            content = json.dumps(info).encode()
-        (cached / name).write_bytes(content)
+        (cached / file.name.replace("parquet-", "gsm8k-")).write_bytes(file.read_bytes())
+    info = json.loads((cached / "dataset_info.json").read_text())
+    info.update(dataset_name="gsm8k", config_name="main")
+    (cached / "dataset_info.json").write_text(json.dumps(info))
     assert list(tasks.load("gsm8k", "test")) == [{"question": "q", "answer": "3"}]
     with pytest.raises(tasks.TaskError, match="gsm8k-platinum .*give --test_file"):
         tasks.load("gsm8k-platinum", "test")
 
 
 def test_the_hub_ids_are_those_of_the_paper():
-    ids = {name: [" ".join(filter(None, task.hub[s])) for s in ("train", "test")]
+    ids = {name: [task.hub[split] for split in ("train", "test")]
            for name, task in tasks.TASKS.items() if task.hub}
     assert ids["gsm8k"] == ["openai/gsm8k main train", "openai/gsm8k main test"]
     assert ids["gsm8k-platinum"][1] == "madrylab/gsm8k-platinum main test"
@@ -894,18 +832,18 @@ def test_what_cannot_work_is_one_sentence_naming_the_flag(task, options, said):
 
 def test_a_batch_grader_returns_a_grade_for_each_text(monkeypatch):
     task = replace(tasks.TASKS["gsm8k"], grade_batch=lambda texts, examples: [])
-    monkeypatch.setitem(tasks.TASKS, "short", task)
-    with pytest.raises(tasks.TaskError, match="task short returned 0 grades for 1 texts"):
-        tasks.grade_batch("short", ["18"], [EXAMPLES["gsm8k"]])
-    grades = tasks.grade_batch("gsm8k", [r"\boxed{18}", "17"], [EXAMPLES["gsm8k"]] * 2)
+    monkeypatch.setitem(tasks.TASKS, "gsm8k", task)
+    with pytest.raises(tasks.TaskError, match="task gsm8k returned 0 grades for 1 texts"):
+        tasks.grade_batch("gsm8k", ["18"], [EXAMPLES["gsm8k"]])
+    grades = tasks.grade_batch("gsm8k-platinum", [RIGHT["gsm8k"], "7"], [EXAMPLES["gsm8k"]] * 2)
     assert [g.correct for g in grades] == [True, False]
 
 
 def test_the_ten_lines_of_the_readme_make_a_task(monkeypatch):
-    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (code,) = [block for block in blocks if "tasks.TASKS[" in block]
     exec(code, {})
+    monkeypatch.setitem(tasks.TASKS, "reverse", tasks.TASKS.pop("reverse"))    # gone afterwards
     test = tasks.load("reverse", "test")
     train = tasks.load("reverse", "train", held_out=test)
     assert not {e["word"] for e in train[:2000]} & {e["word"] for e in test}
