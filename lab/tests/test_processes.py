@@ -1,27 +1,18 @@
-"""Several processes learn what one would, and end together.
-
-Most groups here are forked from a server that has everything imported: a launcher's processes
-import it all again. One run goes through torchrun.
-"""
-import contextlib
-import multiprocessing
+"""Several processes learn what one would, and end together."""
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from functools import partial
-from pathlib import Path
 
 import pytest
-import torch
+from conftest import ROOT, act_at, main, outcome, read, shelf, timeless
 
 import agrpo
 import tasks
-from test_run import outcome, read, save_model, timeless
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ("--device cpu --questions 2 --G 6 --C 8 --m 4 --k 2 --updates 4 --eval_n 7 --steps 4 "
          "--lr 0.01 --save_every 1 --rollout_batch 6").split()
 
@@ -48,33 +39,16 @@ tasks.TASKS["half"] = tasks.Task("half", prompt, grade, make)
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory):
     """What all runs here have in common: a model that nobody trained, and the task above."""
-    folder = tmp_path_factory.mktemp("given")
-    (folder / "half.py").write_text(HALF_DEAD)
-    yield [*FLAGS, "--model", save_model(folder / "model"), "--task", str(folder / "half.py")]
+    file = tmp_path_factory.mktemp("given") / "half.py"
+    file.write_text(HALF_DEAD)
+    yield [*FLAGS, "--model", shelf["base"], "--task", str(file)]
     tasks.TASKS.pop("half", None)
 
 
-@pytest.fixture(scope="module")
-def server():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["agrpo", "matplotlib.pyplot", "peft", "test_processes",
-                                    "transformers.models.modernbert.modeling_modernbert"])
-    paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", paths)                       # for the server's imports
-        yield context
-
-
-def at_step(number, signum):
-    """Send this process a signal before its number-th optimizer step."""
-    step, count = agrpo.optimizer_step, []
-
-    def watched(*args):
-        count.append(1)
-        if len(count) == number:
-            os.kill(os.getpid(), signum)
-        return step(*args)
-    agrpo.optimizer_step = watched
+def signalled(number, signum):
+    """This process gets a signal before its number-th optimizer step."""
+    send = lambda half: os.kill(os.getpid(), signum)
+    act_at(send, ("optimizer_step", number), pytest.MonkeyPatch())
 
 
 def blind():
@@ -82,45 +56,27 @@ def blind():
     agrpo.load_checkpoint = lambda *args: None
 
 
-def member(rank, size, port, argv, log, before):
-    """One process of a group: agrpo.main in the environment that a launcher makes."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size),
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with open(f"{log}.{rank}", "w") as out, open(f"{log}.{rank}.err", "w") as err:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            torch.set_num_threads(1)
-            signal.signal(signal.SIGINT, signal.default_int_handler)    # heard in scripts, too
-            before()
-            sys.exit(agrpo.main(argv))
+def member(argv, before):
+    before()
+    os._exit(agrpo.main(argv))
 
 
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        return str(s.getsockname()[1])
 
 
-def group(server, size, argv, log, before={}, more={}, seconds=120):
-    """Run agrpo.main in `size` processes -> (exit codes, stdout of each, stderr of each).
-
-    before, more: rank -> a function to call first, further flags. A hang fails.
-    """
-    port, end = free_port(), time.time() + seconds
-    members = []
-    for rank in range(size):
-        own = [str(flag) for flag in [*argv, *more.get(rank, ())]]
-        args = (rank, size, port, own, str(log), before.get(rank, int))
-        members.append(server.Process(target=member, args=args))
-        members[-1].start()
-    for process in members:
-        process.join(max(0, end - time.time()))
-    hang = [process for process in members if process.is_alive()]
-    for process in hang:
-        process.kill()
-    said = [Path(f"{log}.{rank}").read_text() for rank in range(size)]
-    errors = [Path(f"{log}.{rank}.err").read_text() for rank in range(size)]
-    assert not hang, (said, errors)
-    return [process.exitcode for process in members], said, errors
+@pytest.fixture(scope="module")
+def two(forked, flags):
+    """Two processes of a run -> code, out, err of each. before, more: of the second alone."""
+    def call(out, *common, before=int, more=()):
+        argv = [*flags, "--out", str(out), *common]
+        port = free_port()
+        env = [dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=port) for rank in "01"]
+        return forked(member, (argv, int), ([*argv, *more], before), env=env)
+    return call
 
 
 def weights(folder):
@@ -135,14 +91,13 @@ def apart(one, two):
 
 
 @pytest.fixture(scope="module")
-def runs(server, flags, tmp_path_factory):
-    """The same four updates by one process and by two."""
+def runs(two, flags, one_thread, tmp_path_factory):
+    """The same four updates by one process and by two. -> folder, and what the two printed"""
     where = tmp_path_factory.mktemp("runs")
-    for size in (1, 2):
-        argv = [*flags, "--out", where / str(size)]
-        codes, said, errors = group(server, size, argv, where / "log")
-        assert codes == [0] * size, errors
-    return where, said
+    assert main([*flags, "--out", where / "1"]).code == 0
+    done = two(where / "2")
+    assert [x.code for x in done] == [0, 0], done
+    return where, [x.out for x in done]
 
 
 # --- the same as one process ------------------------------------------------------------------
@@ -178,48 +133,42 @@ def test_one_process_prints_and_writes(runs):
 
 # --- refused, ended, resumed ------------------------------------------------------------------
 
-def test_processes_that_differ_are_refused_before_they_learn(server, flags, tmp_path):
-    other = save_model(tmp_path / "other", seed=1)
-    for more, says in ((["--lr", "0.5"], "--lr 0.5"), (["--model", other], "--model")):
-        argv = [*flags, "--out", tmp_path / "run"]
-        codes, _, errors = group(server, 2, argv, tmp_path / "log", more={1: more})
-        assert codes == [2, 2] and f"two processes have {says}" in errors[1] + errors[0], errors
-        assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("common, more, says", [
+    ("", "--lr 0.5", "two processes have --lr 0.5"),
+    ("", "--model {other}", "two processes have --model"),
+    ("--questions 3", "", "--questions 3 cannot be shared equally by 2")])
+def test_processes_that_cannot_work_together_learn_nothing(common, more, says, two, tmp_path):
+    more = more.format(other=shelf["other"])
+    done = two(tmp_path / "run", *common.split(), more=more.split())
+    assert [x.code for x in done] == [2, 2] and says in done[0].err + done[1].err
+    assert not (tmp_path / "run").exists()
 
 
-def test_questions_that_cannot_be_shared_equally_are_refused(server, flags, tmp_path):
-    argv = [*flags, "--questions", "3", "--out", tmp_path / "run"]
-    codes, _, errors = group(server, 2, argv, tmp_path / "log")
-    assert codes == [2, 2] and "--questions 3 cannot be shared equally by 2" in errors[0]
-
-
-def test_ctrl_c_on_one_process_stops_all_and_any_number_goes_on(runs, server, flags, tmp_path):
-    argv = [*flags, "--out", tmp_path / "run"]
-    before = {1: partial(at_step, 2, signal.SIGINT)}
-    codes, said, _ = group(server, 2, argv, tmp_path / "log", before)
-    assert codes == [130, 130] and "stopped after update 2" in said[0]
-    codes, _, errors = group(server, 2, argv, tmp_path / "log", {1: blind})
-    assert codes == [2, 2] and "on a disk" in errors[0]
-    codes, said, _ = group(server, 1, argv, tmp_path / "log")
-    assert codes == [0] and "going on after update 2 of 4" in said[0]
+def test_ctrl_c_on_one_process_stops_all_and_any_number_goes_on(runs, two, flags, tmp_path):
+    stopped = two(tmp_path / "run", before=partial(signalled, 2, signal.SIGINT))
+    assert [x.code for x in stopped] == [130, 130]
+    assert "stopped after update 2" in stopped[0].out
+    refused = two(tmp_path / "run", before=blind)
+    assert [x.code for x in refused] == [2, 2] and "on a disk" in refused[0].err
+    alone = main([*flags, "--out", tmp_path / "run"])
+    assert alone.code == 0 and "going on after update 2 of 4" in alone.out
     assert apart(tmp_path / "run", runs[0] / "2") < 1e-5
 
 
-def test_a_process_that_dies_ends_the_others_with_a_sentence(runs, server, flags, tmp_path):
-    argv = [*flags, "--out", tmp_path / "run"]
-    before = {1: partial(at_step, 3, signal.SIGKILL)}
-    codes, _, errors = group(server, 2, argv, tmp_path / "log", before, seconds=60)
-    assert codes == [2, -signal.SIGKILL] and "another process of this run has died" in errors[0]
-    assert "Traceback" not in errors[0]
-    codes, said, _ = group(server, 2, argv, tmp_path / "log")
-    assert codes == [0, 0] and "going on after update 2 of 4" in said[0]
+def test_a_process_that_dies_ends_the_others_with_a_sentence(runs, two, tmp_path):
+    died = two(tmp_path / "run", before=partial(signalled, 3, signal.SIGKILL))
+    assert [x.code for x in died] == [2, -signal.SIGKILL]
+    assert "another process of this run has died" in died[0].err
+    assert "Traceback" not in died[0].err
+    again = two(tmp_path / "run")
+    assert [x.code for x in again] == [0, 0] and "going on after update 2 of 4" in again[0].out
     assert apart(tmp_path / "run", runs[0] / "2") < 1e-5
 
 
 def test_torchrun_starts_it(runs, flags, tmp_path):
     """`--` before the file: else torchrun takes --m for the beginning of a flag of its own."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    argv = [*launcher, "--master_port", str(free_port()), "--", "agrpo.py", *flags]
+    argv = [*launcher, "--master_port", free_port(), "--", "agrpo.py", *flags]
     done = subprocess.run([*argv, "--out", str(tmp_path / "run"), "--updates", "1"], cwd=ROOT,
                           env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True,
                           text=True, timeout=150)

@@ -1,126 +1,69 @@
 """A run can be trusted: repeated, killed at any moment, stopped, mistreated, and read after.
 
-The model is one that nobody trained, so nothing depends on lab/tiny. Its head likes the answer
-tags: some rollouts earn the reward of the format, and groups differ. Runs that die do so in
-processes of their own, forked from a server that has everything imported. Models that are
-damaged, or of an unknown kind, are in test_models.py.
+Nothing depends on lab/tiny: the model is one that nobody trained. Models that are damaged, or
+of an unknown kind, are in test_models.py.
 """
-import contextlib
-import io
 import json
-import multiprocessing
 import os
-import random
 import resource
 import runpy
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
+from functools import lru_cache
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT, act_at, main, outcome, read, shelf
 
 import agrpo
 import tasks
-from lab import make_tiny
 
-ROOT = Path(__file__).resolve().parents[2]
-SMALL = ("--device cpu --m 3 --k 2 --questions 3 --G 4 --updates 4 --lr 0.01 --eval_n 8 "
-         "--steps 3 --eval_every 2 --save_every 2").split()
-TIMES = ("rollout_seconds", "loss_seconds", "seconds", "memory_bytes", "peak_memory_bytes")
-MODEL = {}                                       # name -> folder, made once
-
-
-def save_model(folder, seed=0, layers=2):
-    torch.manual_seed(seed)
-    tokenizer = make_tiny.make_tokenizer()
-    model = make_tiny.make_model(tokenizer)
-    model.model.layers = model.model.layers[:layers]
-    model.config.num_hidden_layers = layers
-    tags = tokenizer.convert_tokens_to_ids(["<answer>", "</answer>"])
-    model.decoder.bias.data[tags] = 3.0
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def models_and_one_thread(tmp_path_factory):
-    """One thread, as in the processes below: another order of sums has other last bits.
-
-    And Ctrl-C is heard, also where these tests run in the background of a script.
-    """
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    folder, threads = tmp_path_factory.mktemp("models"), torch.get_num_threads()
-    torch.set_num_threads(1)
-    MODEL["base"] = save_model(folder / "base")
-    MODEL["other"] = save_model(folder / "other", seed=1)
-    MODEL["shallow"] = save_model(folder / "shallow", layers=1)
-    yield
-    torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("one_thread")
+SMALL = ("--device cpu --m 3 --k 2 --questions 3 --G 4 --updates 4 --lr 0.01 "
+         "--eval_n 8 --steps 3 --eval_every 2 --save_every 2").split()
+# Its rollouts: 1 and 2 evaluate the base, 3 to 7 are the updates' and one evaluation's,
+# 8 and 9 evaluate at the end.
 
 
 def flags(out, *more):
-    return [*SMALL, "--model", MODEL["base"], "--out", str(out), *map(str, more)]
+    return [*SMALL, "--model", shelf["base"], "--out", str(out), *map(str, more)]
 
 
-def run(out, *more, act=None, at=0):
-    """agrpo.main in this process; act at one of its moments, see each_moment."""
-    said, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
-        with pytest.MonkeyPatch.context() as patch:
-            names = each_moment(act, at, patch)
-            code = agrpo.main(flags(out, *more))
-    return SimpleNamespace(code=code, out=said.getvalue(), err=errors.getvalue(), moments=names)
+def run(out, *more, act=None, at=None):
+    return main(flags(out, *more), act, at)
 
 
-def read(path):
-    """JSON as it is defined: no NaN, no Infinity."""
-    def refuse(constant):
-        raise AssertionError(f"{path}: {constant} is not JSON")
-    if path.suffix == ".json":
-        return json.loads(path.read_text(), parse_constant=refuse)
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+def change(patch, name="countdown", **parts):
+    """Another grader, say, for a task."""
+    patch.setitem(tasks.TASKS, name, replace(tasks.TASKS[name], **parts))
 
 
-def timeless(record):
-    return {name: value for name, value in record.items() if name not in TIMES}
+@pytest.fixture(scope="module", autouse=True)
+def problems_are_made_once():
+    with pytest.MonkeyPatch.context() as patch:
+        change(patch, make=lru_cache(maxsize=None)(tasks.TASKS["countdown"].make))
+        yield
 
 
-def outcome(folder):
-    """All that a run found out and learnt, the weights bit by bit, and what it left lying."""
-    return dict(metrics=[timeless(x) for x in read(folder / "metrics.jsonl")],
-                samples=read(folder / "samples.jsonl"),
-                summary=timeless(read(folder / "summary.json")),
-                adapter=(folder / "adapter" / "adapter_model.safetensors").read_bytes(),
-                partial=[path.name for path in folder.rglob("*.partial")])
-
-
-def snapshot(*folders):
-    """Every file of the folders, byte by byte."""
-    files = [path for folder in folders for path in Path(folder).rglob("*") if path.is_file()]
-    return {path: path.read_bytes() for path in files}
+@pytest.fixture(autouse=True)
+def one_picture_is_enough(monkeypatch):
+    """That of `finished`, which is older than this fixture."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *args, **more: None)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, one_thread, problems_are_made_once):
     """The run that nothing disturbed: the others are compared with it."""
     folder = tmp_path_factory.mktemp("runs") / "finished"
     done = run(folder)
     assert done.code == 0, done.err
-    step_one = done.moments.index("optimizer_step") + 1
-    return SimpleNamespace(folder=folder, outcome=outcome(folder), console=done.out,
-                           moments=done.moments, step_one=step_one)
+    return SimpleNamespace(folder=folder, outcome=outcome(folder), console=done.out)
 
-
-# --- the same numbers again -------------------------------------------------------------------
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp_path):
     torch.manual_seed(99)                        # nothing may depend on the global generator
@@ -133,33 +76,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(finished, tmp
     assert max(norms[:2]) > 0 and max(norms[2:]) > 0
 
 
-# --- killed, stopped, out of space: at the n-th moment that matters ---------------------------
-
-def each_moment(act, n, patch):
-    """Call act(half) at the n-th of the moments at which files or weights are about to change.
-
-    half() leaves what a death in the middle would: a file half written. Returns a list that
-    fills with the names of the moments.
-    """
-    names = []
-
-    def watch(owner, name, half=lambda *args: None):
-        function = getattr(owner, name)
-
-        def call(*args, **kwargs):
-            names.append(name)
-            if len(names) == n:
-                act(lambda: half(*args))
-            return function(*args, **kwargs)
-        patch.setattr(owner, name, call)
-
-    for name in ("measure", "rollout", "optimizer_step", "to_json"):
-        watch(agrpo, name)
-    watch(os, "fsync", lambda fd: os.ftruncate(fd, os.fstat(fd).st_size // 2))
-    watch(os, "replace")
-    watch(Path, "rename")
-    return names
-
+# --- killed, stopped, out of space ------------------------------------------------------------
 
 def die(half):
     half()
@@ -179,70 +96,36 @@ def lose_it_and_hang_up(half):
     signal.raise_signal(signal.SIGHUP)
 
 
-def child(argv, log, act, at):
-    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(fd, 1)
-    os.dup2(fd, 2)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)        # where the tests run under nohup, too
-    torch.set_num_threads(1)
-    each_moment(act, at, pytest.MonkeyPatch())
+def stop(half):
+    signal.raise_signal(signal.SIGTERM)
+
+
+def stop_at_once(half):
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+
+def disturbed(argv, act, at):
+    """A run in a process of its own."""
+    act_at(act, at, pytest.MonkeyPatch())
     os._exit(agrpo.main(argv))
 
 
-@pytest.fixture(scope="module")
-def forked(tmp_path_factory):
-    """Call a function in a process of its own. -> exit code, and what it printed.
-
-    The server imports everything but never runs a backward pass, so that forks of it may.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["agrpo", "matplotlib.pyplot", "peft", "test_run",
-                                    "transformers.models.modernbert.modeling_modernbert"])
-    log = tmp_path_factory.mktemp("log") / "console"
-
-    def call(argv, act=None, at=0, target=child):
-        process = context.Process(target=target, args=(argv, str(log), act, at))
-        process.start()
-        process.join(60)
-        process.kill()
-        process.join()
-        return SimpleNamespace(code=process.exitcode, console=log.read_text())
-
-    with pytest.MonkeyPatch.context() as patch:
-        paths = [str(ROOT), str(Path(__file__).parent)]
-        patch.setenv("PYTHONPATH", os.pathsep.join(paths))      # for the server's imports
-        yield call
-
-
-def one_of_each_kind(moments):
-    """The first fsync, a later optimizer step, ..., the last to_json: all over the run."""
-    if os.environ.get("EVERY_MOMENT"):
-        return range(1, len(moments) + 1)
-    kinds, chosen = sorted({*moments} - {"measure", "replace"}), []
-    for i, kind in enumerate(kinds):
-        at = [n for n, name in enumerate(moments, 1) if name == kind]
-        chosen.append(at[i * (len(at) - 1) // (len(kinds) - 1)])
-    return chosen
-
-
-def test_a_run_killed_at_any_moment_goes_on_to_the_very_same_end(forked, finished, tmp_path):
-    moments = finished.moments
-    in_base_evaluation = moments.index("rollout") + 3
-    for n in {in_base_evaluation, *one_of_each_kind(moments)}:
-        argv = flags(tmp_path / str(n))
-        assert forked(argv, die, n).code == -signal.SIGKILL
-        resumed = forked(argv)
-        assert resumed.code == 0, resumed.console
-        same = outcome(tmp_path / str(n)) == finished.outcome
-        assert same, f"killed at moment {n} of {len(moments)}, {moments[n - 1]}"
+@pytest.mark.parametrize("moment", [
+    ("rollout", 2), ("fsync", 1), ("fsync", 6), ("optimizer_step", 2), ("optimizer_step", 4),
+    ("replace", 4), ("rollout", 9), ("rename", 1)], ids=str)
+def test_a_run_killed_at_any_moment_goes_on_to_the_same_end(moment, forked, finished, tmp_path):
+    argv = flags(tmp_path / "run")
+    assert forked(disturbed, (argv, die, moment))[0].code == -signal.SIGKILL
+    assert main(argv).code == 0
+    assert outcome(tmp_path / "run") == finished.outcome
 
 
 def test_a_terminal_that_is_gone_stops_nothing(forked, finished, tmp_path):
     argv = flags(tmp_path / "run")
-    assert forked(argv, lose_it_and_hang_up, finished.step_one).code == 130
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["state"]["update"] == 1
-    assert forked(argv, lose_the_terminal, 1).code == 0
+    hung_up = forked(disturbed, (argv, lose_it_and_hang_up, ("optimizer_step", 1)))
+    assert hung_up[0].code == 130 and len(read(tmp_path / "run" / "metrics.jsonl")) == 1
+    assert forked(disturbed, (argv, lose_the_terminal, ("rollout", 1)))[0].code == 0
     assert outcome(tmp_path / "run") == finished.outcome
 
 
@@ -250,34 +133,29 @@ def test_a_terminal_that_is_gone_stops_nothing(forked, finished, tmp_path):
 def test_a_signal_lets_the_update_end_saves_and_says_so(name, finished, tmp_path, capfd):
     number, before = getattr(signal, name), signal.getsignal(signal.SIGTERM)
     stopped = run(tmp_path / "run", act=lambda half: signal.raise_signal(number),
-                  at=finished.step_one)
+                  at=("optimizer_step", 1))
     assert stopped.code == 130 and "stopping after this update" in capfd.readouterr().err
     assert "stopped after update 1" in stopped.out and "same command" in stopped.out
-    assert stopped.moments.count("optimizer_step") == 1
+    assert len(read(tmp_path / "run" / "metrics.jsonl")) == 1
     assert signal.getsignal(signal.SIGTERM) == before, "the caller's handlers are back"
     assert "going on after update 1 of 4" in run(tmp_path / "run").out
     assert outcome(tmp_path / "run") == finished.outcome
 
 
 def test_a_second_signal_stops_at_once_and_nothing_is_lost(finished, tmp_path):
-    def twice(half):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-    last_step = len(finished.moments) - finished.moments[::-1].index("optimizer_step")
-    stopped = run(tmp_path / "run", act=twice, at=last_step)
+    stopped = run(tmp_path / "run", act=stop_at_once, at=("optimizer_step", 4))
     assert stopped.code == 130 and "stopped at once" in stopped.err
     assert "going on after update 2" in run(tmp_path / "run").out
     assert outcome(tmp_path / "run") == finished.outcome
 
 
-@pytest.mark.parametrize("when", ["measure", "rename"])
-def test_a_full_disk_ends_in_one_sentence_and_loses_nothing(when, finished, tmp_path):
-    """From before the first checkpoint; from the last evaluation, before the adapter."""
+@pytest.mark.parametrize("moment", [("rollout", 1), ("rollout", 9)], ids=str)
+def test_a_full_disk_ends_in_one_sentence_and_loses_nothing(moment, finished, tmp_path):
+    """Full before the first checkpoint; full in the last evaluation, before the adapter."""
     def fill(half):                              # no file over 100 kB: checkpoint, adapter
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    n = finished.moments.index(when) + (1 if when != "rename" else -1)
     try:
-        full = run(tmp_path / "run", act=fill, at=n)
+        full = run(tmp_path / "run", act=fill, at=moment)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     assert full.code == 2 and full.err.startswith(f"agrpo: cannot write {tmp_path / 'run'}")
@@ -287,42 +165,37 @@ def test_a_full_disk_ends_in_one_sentence_and_loses_nothing(when, finished, tmp_
     assert outcome(tmp_path / "run") == finished.outcome
 
 
-def test_a_folder_that_was_deleted_ends_in_one_sentence(finished, tmp_path):
+def test_a_folder_that_was_deleted_ends_in_one_sentence(tmp_path):
     gone = run(tmp_path / "run", act=lambda half: shutil.rmtree(tmp_path / "run"),
-               at=finished.step_one)
+               at=("optimizer_step", 1))
     assert gone.code == 2 and gone.err.startswith(f"agrpo: cannot write {tmp_path / 'run'}")
     assert len(gone.err.splitlines()) == 1
 
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
     """Also where the other run has written nothing yet."""
-    with agrpo.folder_of_my_own(tmp_path / "run"):
-        second = run(tmp_path / "run")
-        assert second.code == 2 and f"--out {tmp_path / 'run'} is in use" in second.err
-        assert (tmp_path / "run").is_dir()
-    assert not (tmp_path / "run").exists(), "nothing was written"
+    said = []
+
+    def second(half):
+        said.append(run(tmp_path / "run"))
+        said.append([*(tmp_path / "run").iterdir()])
+        stop_at_once(half)
+    assert run(tmp_path / "run", act=second, at=("rollout", 1)).code == 130
+    refused, files = said
+    assert refused.code == 2 and f"--out {tmp_path / 'run'} is in use" in refused.err
+    assert files == [] and not (tmp_path / "run").exists(), "nothing was written"
 
 
 def test_a_damaged_checkpoint_is_refused_wherever_the_damage_is(finished, tmp_path):
-    copy = shutil.copytree(finished.folder, tmp_path / "run")
-    load, given = agrpo.load_checkpoint, []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(agrpo, "load_checkpoint", lambda *args: given.append(args) or load(*args))
-        assert run(copy).code == 0
-    path, draw = copy / "checkpoint.pt", random.Random(0)
+    """Also at both ends, where a format keeps what no checksum of the contents covers."""
+    path = shutil.copytree(finished.folder, tmp_path / "run") / "checkpoint.pt"
     good = path.read_bytes()
-    # Anywhere, and at both ends, where a format keeps what no checksum of the contents covers.
-    places = [draw.randrange(len(good)) for _ in range(10)] + [4, 10, 40, 80, 200]
-    places += [len(good) - n for n in (1, 15, 30, 300, 1500)]
-    for at in places:
-        damaged = bytearray(good)
-        damaged[at] ^= 1 << draw.randrange(8)
+    flipped = [bytearray(good) for _ in range(5)]
+    for damaged, at in zip(flipped, (10, 200, len(good) // 2, len(good) - 300, len(good) - 1)):
+        damaged[at] ^= 4
+    for damaged in (*flipped, good[:10_000], good[:-1], b""):
         path.write_bytes(damaged)
-        with pytest.raises(agrpo.UserError, match="checkpoint.pt cannot be read"):
-            load(*given[0])
-    for damaged in (good[:10_000], good[:-1], b""):
-        path.write_bytes(damaged)
-        refused = run(copy)
+        refused = run(path.parent)
         assert refused.code == 2 and "checkpoint.pt cannot be read" in refused.err
         assert path.read_bytes() == damaged
 
@@ -337,41 +210,33 @@ def test_a_finished_run_called_again_says_the_same_and_changes_nothing(finished,
 
 # --- three files, and nothing else of ours ----------------------------------------------------
 
-def alone(argv, log, act, at):
-    """python agrpo.py in the folder `at`, with nothing else of this repository in reach."""
-    for name in ("agrpo", "kernels", "tasks", "lab", "lab.make_tiny", "test_run"):
+def alone(folder, argv):
+    """python agrpo.py in that folder, with nothing else of this repository in reach."""
+    for name in ("agrpo", "kernels", "tasks", "lab", "lab.make_tiny", "conftest", "test_run"):
         sys.modules.pop(name, None)
     ours = {str(ROOT), str(ROOT / "lab"), str(ROOT / "lab" / "tests")}
-    sys.path[:] = [at, *(path for path in sys.path if path not in ours)]
-    os.chdir(at)
+    sys.path[:] = [str(folder), *(path for path in sys.path if path not in ours)]
+    os.chdir(folder)
     sys.argv = ["agrpo.py", *argv]
-    torch.set_num_threads(1)
-    with open(log, "w") as console, contextlib.redirect_stdout(console):
-        with contextlib.redirect_stderr(console):
-            runpy.run_path("agrpo.py", run_name="__main__")
+    runpy.run_path("agrpo.py", run_name="__main__")
 
 
 def test_three_files_in_an_empty_folder_train_resume_and_evaluate(forked, finished, tmp_path):
     for name in ("agrpo.py", "kernels.py", "tasks.py"):
         shutil.copy(ROOT / name, tmp_path)
-    stopped = run(tmp_path / "half", act=lambda half: signal.raise_signal(signal.SIGTERM),
-                  at=finished.step_one)
-    assert stopped.code == 130
+    assert run(tmp_path / "half", act=stop, at=("optimizer_step", 1)).code == 130
     evaluate = flags("last", "--updates", 0, "--adapter", "new/adapter")
     for argv, says in ((flags("new"), "max|ratio - 1|"), (flags("half"), "going on after"),
                        (evaluate, "held-out")):
-        done = forked(argv, target=alone, at=str(tmp_path))
-        assert done.code == 0 and says in done.console, done.console
+        done, = forked(alone, (tmp_path, argv))
+        assert done.code == 0 and says in done.out, done.err
     assert outcome(tmp_path / "new") == outcome(tmp_path / "half") == finished.outcome
     evaluated = read(tmp_path / "last" / "summary.json")
     assert evaluated["base"] == finished.outcome["summary"]["final"]
-
-
-def test_the_exit_code_reaches_the_shell_and_no_folder_is_left(tmp_path):
-    argv = [sys.executable, ROOT / "agrpo.py", "--device", "cpu", "--test_file", "none.jsonl"]
-    done = subprocess.run(argv, cwd=tmp_path, text=True, capture_output=True)
-    assert done.returncode == 2 and done.stdout == "" and "none.jsonl" in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and not list((tmp_path / "runs").iterdir())
+    # The exit code reaches the shell, and no folder is left.
+    refused, = forked(alone, (tmp_path, ["--device", "cpu", "--test_file", "none.jsonl"]))
+    assert refused.code == 2 and refused.out == "" and "none.jsonl" in refused.err
+    assert len(refused.err.splitlines()) == 1 and not list((tmp_path / "runs").iterdir())
 
 
 # --- nothing wrong in silence -----------------------------------------------------------------
@@ -395,11 +260,6 @@ def poison(monkeypatch, calls):
     monkeypatch.setattr(agrpo, "clipped_objective", clipped_objective)
     monkeypatch.setattr(agrpo, "optimizer_step", optimizer_step)
     return moved
-
-
-def change(monkeypatch, name="countdown", **parts):
-    """Another grader for a task."""
-    monkeypatch.setitem(tasks.TASKS, name, replace(tasks.TASKS[name], **parts))
 
 
 @pytest.fixture
@@ -438,15 +298,15 @@ def test_weights_that_diverge_end_in_one_sentence(lively, tmp_path):
 
 
 def test_a_run_that_learnt_from_no_rollout_says_so(tmp_path, monkeypatch):
-    grade = lambda text, example: tasks.graded(0.0, 0, "never right", "")
-    change(monkeypatch, grade=grade)
+    never = lambda text, example: tasks.graded(0.0, 0, "never right", "")
+    change(monkeypatch, grade=never)
     done = run(tmp_path / "run", "--updates", 1)
     assert done.code == 0 and "no rollout was learnt from" in done.out
 
 
 def test_a_batch_grader_must_return_a_grade_for_each_text(tmp_path, monkeypatch):
-    task = tasks.TASKS["countdown"]
-    one = lambda texts, examples: [task.grade(texts[0], examples[0])]
+    grade = tasks.TASKS["countdown"].grade
+    one = lambda texts, examples: [grade(texts[0], examples[0])]
     change(monkeypatch, grade_batch=one)
     done = run(tmp_path / "run")
     assert done.code == 2 and "1 grades for 8 texts" in done.err
@@ -541,26 +401,31 @@ def mess(finished, tmp_path_factory):
     (folder / "empty.jsonl").touch()
     (folder / "nothing.py").touch()
     (folder / "broken.py").write_text("1 / 0\n")
-    shutil.copytree(finished.folder / "adapter", folder / "nan")
-    weights = load_file(folder / "nan" / "adapter_model.safetensors")
+    adapter = shutil.copytree(finished.folder / "adapter", folder / "nan")
+    weights = load_file(adapter / "adapter_model.safetensors")
     next(iter(weights.values()))[0] = float("nan")
-    save_file(weights, folder / "nan" / "adapter_model.safetensors")
+    save_file(weights, adapter / "adapter_model.safetensors")
     return folder
+
+
+def snapshot(*folders):
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return {path: path.read_bytes() for path in files}
 
 
 @pytest.mark.parametrize("typed", BAD)
 def test_bad_input_is_one_sentence_with_a_way_out(typed, finished, mess, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks, "hub_answers", lambda hub: False)        # no network
     monkeypatch.chdir(tmp_path)
-    argv = shlex.split(typed.format(mess=mess, run=finished.folder, **MODEL))
-    precious = (finished.folder, mess, MODEL["base"])
-    before, began = snapshot(*precious), time.time()
+    models = {name: shelf[name] for name in ("shallow", "other")}
+    argv = shlex.split(typed.format(mess=mess, run=finished.folder, **models))
+    before, began = snapshot(finished.folder, mess), time.time()
     done = run(tmp_path / "run", *argv)
     assert done.code == 2 and time.time() - began < 15
     lines = [line for line in done.err.splitlines() if not line.startswith("kernels.py:")]
     assert len(lines) == 1 and lines[0].startswith("agrpo: "), done.err
     assert [word for word in BAD[typed].split("|") if word not in lines[0]] == [], lines[0]
-    assert snapshot(*precious) == before and not list(tmp_path.iterdir())
+    assert snapshot(finished.folder, mess) == before and not list(tmp_path.iterdir())
 
 
 def test_flags_as_people_spell_them(tmp_path, monkeypatch):
@@ -583,7 +448,7 @@ def test_the_folder_holds_what_was_promised(finished):
                 "test_data updates skipped_updates seconds rollout_seconds loss_seconds "
                 "peak_memory_bytes base final evals")
     assert set(promised.split()) <= set(summary)
-    assert (summary["task"], summary["model"]) == ("countdown", MODEL["base"])
+    assert (summary["task"], summary["model"]) == ("countdown", shelf["base"])
     assert (summary["seed"], summary["updates"], summary["eval_n"]) == (0, 4, 8)
     assert [x["update"] for x in summary["evals"]] == [0, 2, 4]
     # The last line says what was reached.
@@ -619,7 +484,7 @@ def test_plain_peft_loads_the_adapter_to_the_same_logits(finished):
     adapter = str(finished.folder / "adapter")
     ids, shown = torch.arange(10, 26)[None], torch.ones(1, 16, dtype=torch.long)
     policy = agrpo.load_policy(agrpo.parse(flags("none", "--adapter", adapter)))
-    model = AutoModelForMaskedLM.from_pretrained(MODEL["base"], dtype=torch.float32).eval()
+    model = AutoModelForMaskedLM.from_pretrained(shelf["base"], dtype=torch.float32).eval()
     with torch.no_grad():
         ours = policy(ids, shown, torch.arange(16)[None])
         before = model(ids).logits
@@ -647,10 +512,9 @@ def test_variants_run_end_to_end(variant, lively, tmp_path):
 
 
 def test_without_lora_the_whole_model_is_trained_saved_and_used(lively, tmp_path):
-    done = run(tmp_path / "run", "--lora_r", 0)
+    done = run(tmp_path / "run", "--lora_r", 0, "--updates", 2)
     assert done.code == 0 and not (tmp_path / "run" / "adapter").exists(), done.err
-    model = tmp_path / "run" / "model"
-    done = run(tmp_path / "eval", "--updates", 0, "--model", model)
+    done = run(tmp_path / "eval", "--updates", 0, "--model", tmp_path / "run" / "model")
     assert done.code == 0, done.err
     trained = read(tmp_path / "run" / "summary.json")
     assert trained["final"] != trained["base"]
@@ -658,8 +522,7 @@ def test_without_lora_the_whole_model_is_trained_saved_and_used(lively, tmp_path
 
 
 def test_the_shipped_model_runs_by_default(tmp_path):
-    few = ["--device", "cpu", "--updates", "1", "--eval_n", "20", "--steps", "2"]
-    with contextlib.redirect_stdout(io.StringIO()) as console:
-        code = agrpo.main([*few, "--out", str(tmp_path / "run")])
-    assert code == 0, console.getvalue()
+    few = "--device cpu --updates 1 --eval_n 20 --steps 2 --questions 4".split()
+    done = main([*few, "--out", tmp_path / "run"])
+    assert done.code == 0, done.err
     assert read(tmp_path / "run" / "summary.json")["base_accuracy"] > 0.2
