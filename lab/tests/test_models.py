@@ -40,7 +40,7 @@ def test_the_head_on_chosen_rows_changes_no_logit(kind):
     shift = 1 if kind == "dream" else 0
     assert policy.shift == shift and chosen.shape == (3, 2, full.shape[-1])
     expected = full[torch.arange(3)[:, None], at - shift]
-    assert (chosen - expected).abs().max() < 1e-6
+    assert (chosen - expected).abs().max() < 1e-5                # rounding: another batch
 
 
 @each("llada", "modernbert")

@@ -110,6 +110,7 @@ def test_two_processes_with_half_the_questions_each_learn_what_one_learns(runs):
     metrics = [[timeless(x) for x in read(folder / "metrics.jsonl")] for folder in (one, two)]
     for a, b in zip(*metrics, strict=True):
         assert a.pop("forwards") <= b.pop("forwards")           # none mixes processes
+        assert a.pop("warnings") == b.pop("warnings")
         assert a == pytest.approx(b, abs=1e-5)
     final = [outcome(x)["summary"]["final"] for x in (one, two)]
     assert final[0] == final[1] and final[0][0]["n"] == 7       # 4 problems and 3

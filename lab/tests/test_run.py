@@ -368,7 +368,7 @@ BAD = {                                          # flags -> what the sentence mu
     "--max_prompt 2": "--max_prompt|over 2 tokens",
     "--max_number 200": "--model|vocabulary",
     "--mask_id 5000": "--mask_id|5000",
-    "--train-file {mess}/none.jsonl": "none.jsonl|no such",
+    "--train-file {mess}/none.jsonl": "none.jsonl|No such",
     "--test_file ~/no/such.jsonl": "such.jsonl",
     "--test_file {mess}/rubbish.jsonl": "rubbish.jsonl|row 1",
     "--test_file {mess}/noise.parquet": "noise.parquet",
