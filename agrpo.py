@@ -1049,7 +1049,7 @@ class Config:
     lora_r: int = 32                   # rank; 0 trains all parameters
     lora_alpha: int = 64               # its output counts alpha / r times
     micro_batch: int = 320             # pairs per forward and backward of the loss
-    rollout_batch: int = 512           # rows per forward of a rollout
+    rollout_batch: int = 256           # rows per forward of a rollout
     recompute: bool = False            # activations in the backward pass: slower, less memory
     # --- evaluation
     eval_n: int = 500                  # held-out problems

@@ -411,7 +411,8 @@ def changes_value(words, joins=True):
 INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 NUMBER = re.compile(rf"""
     ([+-]?\ ? (?: {INTEGER}\ ?/\ ?{INTEGER} | {INTEGER}?(?:\.[0-9]+)? ))    # 36/2, 1,000.5, .5
-    ((?: \ [A-Za-z]+ | [A-Za-z]{{2,}} ) (?: [ /]+[A-Za-z]+ ){{,3}} )?    # miles per hour, km
+    ((?: \ (?:(?:square|cubic)\ )?[A-Za-z]+ | [A-Za-z]{{2,}} )            # " cubic feet", "km"
+     (?: (?:\ ?/\ ?|\ per\ )[A-Za-z]+ )? )?                              # "/week", " per hour"
     """, re.VERBOSE)
 
 
@@ -618,11 +619,11 @@ def rows_of(split, file, hub):
               patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)):
             return datasets.load_dataset(name, *configuration, split=hub_split).to_list(), hub
 
-    source = f"--{split}_file {file}"
+    source, file = f"--{split}_file {file}", Path(file).expanduser()
     logging.getLogger("datasets").setLevel(logging.CRITICAL)    # our sentence says it
     with one_sentence(f"{source} cannot be read as .jsonl, .csv or .parquet"):
-        kind = Path(file).suffix[1:].replace("jsonl", "json")
-        if kind == "json" and Path(file).read_bytes().lstrip()[:1] == b"[":
+        kind = file.suffix[1:].replace("jsonl", "json")
+        if kind == "json" and file.read_bytes().lstrip()[:1] == b"[":
             raise ValueError("line 1 is an array, write one object a line")
         # All columns of a CSV stay text, or 0302 would become 302.
         text = {"keep_default_na": False, "converters": dict.fromkeys(range(100), str)}
