@@ -10,8 +10,8 @@ menu() {
     cat <<'MENU'
 bash run.sh COMMAND [flags]          times on 2 CPU cores with the tiny model
 
-  countdown       train on Countdown: three numbers, one target             4 minutes
-  sudoku          train on 4x4 Sudoku                                       5 minutes
+  countdown       train on Countdown: three numbers, one target             2 minutes
+  sudoku          train on 4x4 Sudoku                                       2 minutes
   gsm8k, math     train on word problems: with --preset llada or qwen, on a GPU
   FILE.py         train on a task of your own
   eval            a model, or base beside --adapter, at several --steps     seconds

@@ -1,4 +1,4 @@
-"""What the tests share: small models of random weights, and runs in this process or in others."""
+"""What the tests share: small models of random weights, runs in this process or in others."""
 import contextlib
 import io
 import json
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 # Triton reads this once, when it is first imported, and transformers, peft and torch._dynamo
-# all import it. With a GPU the kernels run there, and torch.compile needs a Triton that compiles.
+# all import it. With a GPU the kernels run there: torch.compile needs a Triton that compiles.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

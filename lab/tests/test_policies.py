@@ -18,7 +18,7 @@ FILE = ROOT / "lab" / "policies.py"
 ALL = ("BlockCausal", "FrozenBlockCausal", "FrozenContext")
 KINDS = ("llada", "a2d", "dream")
 PLAIN = [(kind, "plain") for kind in (*KINDS, "tied", "deaf", "base")]
-LORA = dict(llada=14, a2d=14, dream=8, tied=14, deaf=14, base=8)     # linear layers of the blocks
+LORA = dict(llada=14, a2d=14, dream=8, tied=14, deaf=14, base=8)     # linear layers in blocks
 less = pytest.mark.parametrize("kind, name", [*itertools.product(KINDS, ALL)])
 every = pytest.mark.parametrize("kind, name", [*PLAIN, *itertools.product(KINDS, ALL)])
 
@@ -203,7 +203,8 @@ def test_frozen_block_causal_is_block_causal(kind, shift):
 @each(*KINDS)
 @torch.no_grad()
 def test_frozen_context_is_the_plain_policy_where_the_block_is_masked(kind, shift):
-    plain, frozen = (seeing(name, kind, "--shift", shift) for name in ("plain", "FrozenContext"))
+    plain = seeing("plain", kind, "--shift", shift)
+    frozen = seeing("FrozenContext", kind, "--shift", shift)
     ids, mask, at, block = half_written(plain, shown=())
     gap = plain(ids, mask, at, block) - frozen(ids, mask, at, block)
     assert gap.abs().max() < 1e-5
@@ -235,7 +236,8 @@ def test_the_limits_are_said_and_a_model_that_cannot_be_read_so_is_refused(name)
         seeing(name, "base")
 
 
-@pytest.mark.parametrize("kind, name", [("deaf", "FrozenBlockCausal"), ("deaf4d", "BlockCausal")])
+@pytest.mark.parametrize(
+    "kind, name", [("deaf", "FrozenBlockCausal"), ("deaf4d", "BlockCausal")])
 def test_a_model_that_ignores_what_it_must_not_see_is_refused(kind, name):
     with pytest.raises(agrpo.UserError, match=f"{name} reads this model wrongly"):
         seeing(name, kind)

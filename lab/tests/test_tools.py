@@ -334,7 +334,7 @@ def test_make_tiny_starts_and_leaves_the_shipped_model_alone(tmp_path, monkeypat
     assert shipped == {p: p.stat().st_mtime_ns for p in (ROOT / "lab" / "tiny").iterdir()}
     assert agrpo.load_policy(agrpo.parse(["--model", out, "--device", "cpu"])).mask_id == 1
     config = json.loads((tmp_path / "tiny" / "config.json").read_text())
-    assert [config[name] for name in make_tiny.DROPOUT] == [0.0] * 3        # only in pretraining
+    assert [config[name] for name in make_tiny.DROPOUT] == [0.0] * 3    # only in pretraining
 
 
 @pytest.mark.parametrize("task, options", [
@@ -347,7 +347,8 @@ def test_what_the_tiny_model_was_taught_is_right(task, options, monkeypatch):
         example = next(examples)
         assert tasks.grade(task, make_tiny.answer(task, example, rng), example).correct
     # No negative value between: ( 1 - 2 ) + 9 is none of the answers.
-    assert make_tiny.answers((1, 2, 9), 8) == ["( 1 + 9 ) - 2", "( 9 + 1 ) - 2", "( 9 - 2 ) + 1"]
+    assert make_tiny.answers((1, 2, 9), 8) == [
+        "( 1 + 9 ) - 2", "( 9 + 1 ) - 2", "( 9 - 2 ) + 1"]
 
 
 @pytest.mark.parametrize("name", ["evaluate", "watch", "plan", "make_tiny"])
