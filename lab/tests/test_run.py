@@ -169,7 +169,7 @@ def test_a_folder_that_was_deleted_ends_in_one_sentence(tmp_path):
     gone = run(tmp_path / "run", act=lambda half: shutil.rmtree(tmp_path / "run"),
                at=("optimizer_step", 1))
     assert gone.code == 2 and gone.err.startswith(f"agrpo: cannot write {tmp_path / 'run'}")
-    assert len(gone.err.splitlines()) == 1
+    assert len(gone.err.splitlines()) == 1 and "start again" in gone.err
 
 
 def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
@@ -200,8 +200,10 @@ def test_a_damaged_checkpoint_is_refused_wherever_the_damage_is(finished, tmp_pa
         assert path.read_bytes() == damaged
 
 
-def test_a_finished_run_called_again_says_the_same_and_changes_nothing(finished, tmp_path):
+def test_a_finished_run_called_again_says_the_same_and_changes_nothing(
+        finished, tmp_path, monkeypatch):
     copy = shutil.copytree(finished.folder, tmp_path / "run")
+    monkeypatch.setattr(agrpo, "write_answers", None)           # its table is in the checkpoint
     again = run(copy)
     assert again.code == 0 and "going on after update 4 of 4" in again.out
     assert again.out.splitlines()[-1] == finished.console.splitlines()[-1]
@@ -422,7 +424,7 @@ def test_bad_input_is_one_sentence_with_a_way_out(typed, finished, mess, tmp_pat
     before, began = snapshot(finished.folder, mess), time.time()
     done = run(tmp_path / "run", *argv)
     assert done.code == 2 and time.time() - began < 15
-    lines = [line for line in done.err.splitlines() if not line.startswith("kernels.py:")]
+    lines = done.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("agrpo: "), done.err
     assert [word for word in BAD[typed].split("|") if word not in lines[0]] == [], lines[0]
     assert snapshot(finished.folder, mess) == before and not list(tmp_path.iterdir())
