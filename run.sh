@@ -20,7 +20,7 @@ bash run.sh COMMAND [flags]          times on 2 CPU cores with the tiny model
   bench           time one update of each policy; on a GPU the kernel too   minutes
   lab             experiments: does it work as claimed? (lists them)        minutes each
   tiny            make the tiny model in lab/tiny again                     45 minutes, one core
-  test            every test                                                4 minutes
+  test            every test                                                3 minutes
 
 The same command again goes on where it stopped. After the first one, .venv/bin/python agrpo.py
 --help lists the flags, and torchrun --nproc_per_node 8 -- agrpo.py ... uses eight GPUs.

@@ -623,6 +623,8 @@ def rows_of(split, file, hub):
     logging.getLogger("datasets").setLevel(logging.CRITICAL)    # our sentence says it
     with one_sentence(f"{source} cannot be read as .jsonl, .csv or .parquet"):
         kind = file.suffix[1:].replace("jsonl", "json")
+        if kind not in ("json", "csv", "parquet"):
+            raise ValueError(f"its name ends in {file.suffix or 'nothing'}")
         if kind == "json" and file.read_bytes().lstrip()[:1] == b"[":
             raise ValueError("line 1 is an array, write one object a line")
         # All columns of a CSV stay text, or 0302 would become 302.
