@@ -295,7 +295,7 @@ def test_a_rollout_reveals_every_position_once_in_block_order(unmasking):
     traj = sample(model, 50, Decoding(6, 6, 3, unmasking))
     assert (traj.o != MASK).all()
     assert (traj.step_of.sort(dim=1).values == torch.arange(6)).all()
-    assert (traj.step_of[:, :3] < 3).all()
+    assert (traj.step_of[:, :3] < 3).all() and (traj.step_of[:, 3:] >= 3).all()
     # The head runs on W positions; on all that are masked where they must be compared.
     places = {1} if unmasking == "random" else {3, 2, 1}
     assert set(model.asked) == {(50, n) for n in places}
@@ -388,12 +388,12 @@ def test_importances_too_small_to_divide_give_uniform_weights(tiny):
 @pytest.mark.parametrize("k", [1, 3, 6])
 def test_every_step_that_acted_has_mean_weight_one(k):
     p = tensor([[0.05, 0.3, 0.05, 0.5, 0.05, 0.05], [0.2, 0.5, 0.3, 0, 0, 0]])
-    n, mean = 2000, torch.zeros(2, 6)
+    n, mean = 4000, torch.zeros(2, 6)
     for offset in (torch.arange(n) + 0.5) / n:
         rows, steps, w = agrpo.sample_timesteps(p, k, offset.expand(2, 1))
         assert len(set(zip(rows.tolist(), steps.tolist()))) == len(rows) <= 2 * k
         mean[rows, steps] += w / n
-    assert torch.allclose(mean, (p > 0).double(), atol=1e-2)
+    assert torch.allclose(mean, (p > 0).double(), atol=5e-3)
 
 
 def test_k_points_are_evenly_spaced_and_equal_draws_merged():
