@@ -214,6 +214,7 @@ def unwrap(text):
     return text
 
 
+@lru_cache(maxsize=4096)                             # the rollouts of a problem repeat
 def calculate(text):
     """(exact value, the integers in it) of integers, + - * / and parentheses.
 
@@ -232,7 +233,7 @@ def calculate(text):
             integers.append(node.value)
             return node.value
         return OPERATIONS[type(node.op)](value(node.left), value(node.right))
-    return value(ast.parse(text.strip(), mode="eval").body), integers
+    return value(ast.parse(text.strip(), mode="eval").body), tuple(integers)
 
 
 def grade_countdown(text, example):

@@ -128,9 +128,10 @@ class FrozenContext(Seeing):
 
     def __call__(self, ids, mask, positions, block):
         """ids, mask (N, L), positions (N, W) in the block -> logits (N, W, V)."""
-        # For a model that ignores its mask: rows of one length at a time, as Policy does it.
-        padding = (mask == 0).sum(dim=1) * self.ignores_mask
-        parts, order = [], []
+        if not self.ignores_mask:
+            return self.by_block(ids, mask, positions, block)
+        # As Policy does for such a model: rows of one length at a time, their padding cut off.
+        padding, parts, order = (mask == 0).sum(dim=1), [], []
         for n in padding.unique().tolist():
             rows = (padding == n).nonzero()[:, 0]
             cut = Block(block.start - n, block.end - n, block.kept.setdefault(n, {}))
