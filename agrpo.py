@@ -42,7 +42,7 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from hashlib import blake2b
 from pathlib import Path
@@ -541,16 +541,20 @@ class Policy:
         return torch.cat(parts)[torch.cat(order).argsort()]
 
     def logits(self, ids, mask, positions):
-        """One forward pass of the model as it is."""
+        """One forward pass of the model, on all it can see."""
         # Rows in the same state share its pass: the G copies of a question all begin so.
         states, self.row = torch.cat([ids, mask], dim=1).unique(dim=0, return_inverse=True)
         ids, mask = states.chunk(2, dim=1)                                  # (states, L)
         self.positions = positions - self.shift
-        mask = mask[:, None, None, :].bool() if self.is_dream else mask
-        with self.autocast():
-            logits = self.model(input_ids=ids, attention_mask=mask).logits
+        logits = self.run_model(ids, mask)
         self.row = None
         return logits
+
+    def run_model(self, ids, mask):
+        """The model itself; its head hands on what `_asked_positions_only` picks."""
+        mask = mask[:, None, None, :].bool() if self.is_dream else mask
+        with self.autocast():
+            return self.model(input_ids=ids, attention_mask=mask).logits
 
     def autocast(self):
         """Where the base has 16 bits, its float32 adapters compute in 16 bits too."""
@@ -564,15 +568,17 @@ class Policy:
     def encode(self, chats):
         """Lists of chat messages -> q, q_mask (B, P), left-padded. Raises UserError."""
         texts = [self.render(chat) for chat in chats]
-        batch = self.tokenizer(texts, add_special_tokens=False, padding=True,
-                               padding_side="left", return_tensors="pt")
+        batch = self.tokenizer(texts, add_special_tokens=False, return_tensors="pt",
+                               padding=True, padding_side="left", return_attention_mask=True)
+        q, q_mask = batch["input_ids"], batch["attention_mask"]
         # A word that the tokenizer lacks would make another problem of it than the one graded.
         unknown = self.tokenizer.unk_token_id
-        if unknown is not None and unknown not in self.fill_ids:
-            for text in [texts[row] for row in (batch.input_ids == unknown).any(1).nonzero()]:
-                raise UserError(f"--model lacks a token for a part of {text[-60:]!r}: choose "
-                                "problems its vocabulary can write, or another model")
-        return batch.input_ids.to(self.device), batch.attention_mask.to(self.device)
+        lacking = (q == (-1 if unknown is None else unknown)).any(dim=1)
+        if lacking.any() and unknown not in self.fill_ids:
+            text = texts[lacking.int().argmax()]
+            raise UserError(f"--model lacks a token for a part of {text[-60:]!r}: choose "
+                            "problems its vocabulary can write, or another model")
+        return q.to(self.device), q_mask.to(self.device)
 
     def render(self, chat):
         """Chat messages as text. (`tokenize=True` differs between versions of transformers.)"""
@@ -1162,10 +1168,6 @@ def check(cfg, typed):
     """Refuse what cannot work, in a sentence that says what would. Raises UserError."""
     value, gpus = asdict(cfg), torch.cuda.device_count()
     gpu = re.fullmatch(r"cuda:?(\d*)", cfg.device)
-    blocks = [b for b in range(1, cfg.eval_C + 1) if cfg.eval_C % b == 0]
-    fitting = step_counts(cfg.eval_C, cfg.eval_block)
-    listed = re.fullmatch(r"\d+(,\d+)*", cfg.steps)
-    unfit = [m for m in cfg.steps.split(",") if listed and int(m) not in fitting]
     rules = [(typed[name] == "", f"--{name} is empty: leave it out, or give a value")
              for name in typed]
     rules += [(not least <= value[name] < math.inf, f"--{name} {value[name]} is below {least}")
@@ -1187,14 +1189,16 @@ def check(cfg, typed):
         (cfg.adapter and not cfg.lora_r, "--adapter needs --lora_r above 0"),
         (not cfg.lora_r and cfg.dtype != "float32",
          f"--lora_r 0: small steps of all weights vanish in {cfg.dtype}; use --dtype float32"),
-        (not listed, f"--steps {cfg.steps} must be numbers with commas between, as in 12,6,3"),
-        (cfg.eval_block not in blocks, f"--eval_block {cfg.eval_block} does not divide "
-                                       f"--eval_C {cfg.eval_C}: choose {blocks}"),
-        (unfit, f"--steps {','.join(unfit)} does not fit --eval_C {cfg.eval_C} and "
-                f"--eval_block {cfg.eval_block}: choose from {fitting}")]
+        (not re.fullmatch(r"\d+(,\d+)*", cfg.steps),
+         f"--steps {cfg.steps} must be numbers with commas between, as in 12,6,3")]
     for broken, sentence in rules:
         if broken:
             raise UserError(sentence)
+    try:
+        cfg.cells()
+    except ValueError as e:            # said of --m: evaluations have flags of their own
+        own = dict(m="--steps", C="--eval_C", block_length="--eval_block")
+        raise UserError(re.sub(r"--(\w+)", lambda flag: own[flag[1]], str(e))) from None
 
 
 def find_task(name):
@@ -1419,9 +1423,14 @@ def table_row(*found):
     return text
 
 
+def table_head(trained):
+    """What stands above the rows: with the column of the trained model, or without."""
+    return "\n steps sampling   base [95 % interval]" + "     trained" * trained
+
+
 def table(policy, data, cfg, state, who):
     """Fill state[who], who "base" or "final", with a row for each evaluation; print them."""
-    say("\n steps sampling   base [95 % interval]" + "     trained" * (who == "final"))
+    say(table_head(who == "final"))
     for i, how in enumerate(cfg.cells()):
         if i == len(state[who]):
             state[who].append(measure(policy, data, cfg, how))
@@ -1432,14 +1441,17 @@ COLUMNS = dict(update=9, reward=8, right=7, dead=6, H=6, ratio=12, clip=9, norm=
                roll=8, loss=8, memory=8, left=8)
 
 
-def console(now, sample, cfg, left):
-    """A line of the log, after the names of its columns and a sample where there is one."""
-    if sample:
-        for name, key in (("prompt", "prompt"), ("half-way", "half"), ("answer", "text")):
-            say(f"    {name:10s} {cut(sample[key])}")
-        verdict = f"{cut(sample['reason'], 40)}, reward {sample['reward']:.2f}"
-        say(f"    {'checker':10s} read {cut(sample['parsed'], 40)!r}: {verdict}")
-        say("".join(f"{name:>{width}}" for name, width in COLUMNS.items()))
+def show_sample(sample):
+    """A rollout as `describe` has it, and the names of the columns that go on below."""
+    for name, key in (("prompt", "prompt"), ("half-way", "half"), ("answer", "text")):
+        say(f"    {name:10s} {cut(sample[key])}")
+    verdict = f"{cut(sample['reason'], 40)}, reward {sample['reward']:.2f}"
+    say(f"    {'checker':10s} read {cut(sample['parsed'], 40)!r}: {verdict}")
+    say("".join(f"{name:>{width}}" for name, width in COLUMNS.items()))
+
+
+def console(now, cfg, left):
+    """A line of the log; left: seconds."""
     values = [f"{now['update']}/{cfg.updates}", f"{now['reward']:.2f}", f"{now['correct']:.0%}",
               f"{now['dead_groups']:.0%}", f"{now['entropy']:.2f}",
               f"{now['ratio_min']:.3g}-{now['ratio_max']:.3g}",
@@ -1539,6 +1551,22 @@ def must_agree(what):
                                 "start all with the same flags and files, on a disk all see")
 
 
+def load_test(cfg):
+    """The held-out examples. Raises tasks.TaskError."""
+    return tasks.load(cfg.task, "test", file=cfg.test_file or None, **cfg.options)
+
+
+def load_training(cfg, test):
+    """The training examples, none of which is a held-out problem. Raises tasks.TaskError."""
+    return tasks.load(cfg.task, "train", seed=cfg.seed, file=cfg.train_file or None,
+                      held_out=test, **cfg.options)
+
+
+def make_optimizer(cfg, params):
+    """AdamW; `train` sets its learning rate before each step."""
+    return torch.optim.AdamW(params, betas=(0.9, 0.99), weight_decay=cfg.weight_decay)
+
+
 def short_enough(policy, data, cfg, split):
     """The examples whose prompts have at most --max_prompt tokens. Says how many have more."""
     generated = data.source.startswith("generated")             # the first 100 stand for all
@@ -1569,10 +1597,9 @@ def run(cfg):
     join_processes(cfg)
     mine = folder_of_my_own(Path(cfg.out)) if processes()[0] == 0 else contextlib.nullcontext()
     with mine, Stop() as stop:
-        test = data = tasks.load(cfg.task, "test", file=cfg.test_file or None, **cfg.options)
+        test = data = load_test(cfg)
         if cfg.updates:
-            data = tasks.load(cfg.task, "train", seed=cfg.seed, file=cfg.train_file or None,
-                              held_out=test, **cfg.options)
+            data = load_training(cfg, test)
         policy, source = load_policy(cfg), test.source
         header(cfg, policy, data.source, source)
         test = short_enough(policy, test, cfg, "held-out")
@@ -1592,8 +1619,7 @@ def begin(cfg, policy, test):
     Raises UserError.
     """
     trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay)
+    optimizer = make_optimizer(cfg, trained.values())
     base_model, start = fingerprint(policy.model), time.time()
     must_agree(dict(flags(cfg), device="", model=base_model))
     state = load_checkpoint(Path(cfg.out, "checkpoint.pt"), cfg, base_model, trained, optimizer)
@@ -1627,16 +1653,19 @@ def learn(cfg, policy, data, test, stop):
     for now in train(policy, data, cfg, list(trained.values()), optimizer, first):
         sample, update = now.pop("sample"), now["update"]
         now["memory_bytes"] = peak_memory(cfg.device)
+        if update == 1 or update % (10 * every) == 0:
+            state["samples"].append(dict(update=update, **sample))
+            show_sample(sample)
         if update == 1 or update % every == 0:
-            shown = update == 1 or update % (10 * every) == 0
-            state["samples"] += [dict(update=update, **sample)] * shown
             left = (time.time() - start) / (update - first) * (cfg.updates - update)
-            console(now, sample if shown else None, cfg, left)
+            console(now, cfg, left)
         # A warning that was given in the last 20 updates is not given again.
-        signs = dict(warnings(now, history))
-        now["warnings"] = list(signs)
-        for kind in signs.keys() - {kind for x in history[-20:] for kind in x["warnings"]}:
-            say(f"    warning: {signs[kind]}")
+        signs = warnings(now, history)
+        given = {kind for x in history[-20:] for kind in x["warnings"]}
+        now["warnings"] = [kind for kind, _ in signs]
+        for kind, sentence in signs:
+            if kind not in given:
+                say(f"    warning: {sentence}")
         if update % cfg.eval_every == 0 and update < cfg.updates:
             found = measure(policy, test, cfg, cfg.cells()[0])
             state["evals"].append(dict(update=update, **found))
@@ -1653,13 +1682,15 @@ def learn(cfg, policy, data, test, stop):
                             f"lower --lr, another --out ({cfg.out} has the weights before)")
         if stopping:
             break
-    if state["update"] == cfg.updates:
-        state["final"] = state["final"] if cfg.updates else state["base"]
-        new = not state["final"]
-        table(policy, test, cfg, state, "final")
-        if new:
-            state["seconds"] = before + time.time() - start
-            save_checkpoint(cfg, state, trained, optimizer)
+    if state["update"] < cfg.updates:
+        return state
+    if cfg.updates == 0:
+        state["final"] = state["base"]
+    unfinished = not state["final"]
+    table(policy, test, cfg, state, "final")
+    if unfinished:
+        state["seconds"] = before + time.time() - start
+        save_checkpoint(cfg, state, trained, optimizer)
     return state
 
 

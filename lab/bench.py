@@ -251,9 +251,7 @@ class OfficialWay(agrpo.Policy):
     def __call__(self, ids, mask, positions, block=None):
         N, L = ids.shape
         self.positions = torch.arange(L, device=ids.device).expand(N, L)
-        mask = mask[:, None, None, :].bool() if self.is_dream else mask
-        with self.autocast():
-            logits = self.model(input_ids=ids, attention_mask=mask).logits  # (N, L, V)
+        logits = self.run_model(ids, mask)                                  # (N, L, V)
         row = torch.arange(N, device=ids.device)[:, None]
         return logits[row, positions - self.shift].float()
 

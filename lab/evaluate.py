@@ -19,7 +19,6 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import agrpo
-import tasks
 
 # What may change from one call to the next: it changes no answer that was graded before.
 FREE = {"out", "steps", "eval_n", "eval_sampled", "device", "rollout_batch", "preset"}
@@ -126,7 +125,7 @@ def run(cfg, seeds):
     """The whole evaluation -> exit code 0. Raises UserError."""
     out = Path(cfg.out)
     with agrpo.folder_of_my_own(out):
-        data = tasks.load(cfg.task, "test", file=cfg.test_file or None, **cfg.options)
+        data = agrpo.load_test(cfg)
         source, policy = data.source, agrpo.load_policy(cfg)
         flags = dict(asdict(cfg), weights=agrpo.fingerprint(policy.model, adapters=True))
         refuse_other_flags(out / "config.json", flags)
@@ -136,8 +135,7 @@ def run(cfg, seeds):
         answers = out / "generations.jsonl"
         kept = read_back(answers)
         columns = {"base": [], "trained": []} if cfg.adapter else {"base": []}
-        agrpo.say("\n steps sampling   base [95 % interval]"
-                  + "    trained" * bool(cfg.adapter))
+        agrpo.say(agrpo.table_head(trained=bool(cfg.adapter)))
         for how in decodings(cfg):
             greedy = how.temperature == 0
             for who, rows in columns.items():

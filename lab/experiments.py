@@ -39,7 +39,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "lab")]
 import agrpo
 import estimators
 import figures
-import tasks
 from estimators import ESTIMATORS, NOTHING, SAMPLERS
 
 EXPERIMENTS = {}                       # name -> (function, time, its flags, those of --quick)
@@ -201,14 +200,10 @@ def spread(values, form=".1%"):
 
 def load(cfg):
     """policy, training data, held-out data, trained parameters, their optimizer"""
-    test = tasks.load(cfg.task, "test", file=cfg.test_file or None, **cfg.options)
-    data = tasks.load(cfg.task, "train", seed=cfg.seed, file=cfg.train_file or None,
-                      held_out=test, **cfg.options)
-    policy = agrpo.load_policy(cfg)
+    test = agrpo.load_test(cfg)
+    data, policy = agrpo.load_training(cfg, test), agrpo.load_policy(cfg)
     params = [p for p in policy.model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=(0.9, 0.99),
-                                  weight_decay=cfg.weight_decay)
-    return policy, data, test, params, optimizer
+    return policy, data, test, params, agrpo.make_optimizer(cfg, params)
 
 
 def learn(cfg, estimator, how=None):

@@ -173,7 +173,7 @@ def gif(policy, data, first, cfg, path):
 
 
 def run(cfg, number, path):
-    data = tasks.load(cfg.task, "test", file=cfg.test_file or None, **cfg.options)
+    data = agrpo.load_test(cfg)
     if not 0 <= number < len(data):
         raise agrpo.UserError(f"--problem {number} is not there: choose 0 to {len(data) - 1}")
     policy = agrpo.load_policy(cfg)
