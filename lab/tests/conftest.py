@@ -193,12 +193,17 @@ def act_at(act, moment, patch):
 
 def main(argv, act=None, at=None):
     """agrpo.main in this process -> code, out, err"""
+    with pytest.MonkeyPatch.context() as patch:
+        if act:
+            act_at(act, at, patch)
+        return captured(lambda: agrpo.main([str(word) for word in argv]))
+
+
+def captured(program):
+    """program() in this process -> code, out, err"""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        with pytest.MonkeyPatch.context() as patch:
-            if act:
-                act_at(act, at, patch)
-            code = agrpo.main([str(word) for word in argv])
+        code = program()
     # kernels.py names its path once a process, so in whichever test comes first.
     lines = err.getvalue().splitlines(keepends=True)
     err = "".join(line for line in lines if not line.startswith("kernels.py:"))

@@ -1,6 +1,4 @@
 """Evaluate, watch, plan and make_tiny: every number again, and nothing lost when killed."""
-import contextlib
-import io
 import json
 import random
 import runpy
@@ -12,31 +10,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from conftest import ROOT, captured, policy_of
+from conftest import shelf as models
 
 import agrpo
 import tasks
 from lab import bench, evaluate, make_tiny, plan, watch
 
-ROOT = Path(__file__).resolve().parents[2]
 FLAGS = "--device cpu --eval_n 6 --rollout_batch 3 --steps 6,3 --C 12 --m 3".split()
 
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory):
     """A model that nobody trained but that likes the tags, and an adapter that is not 0."""
-    from peft import LoraConfig, get_peft_model
-
-    where, tokenizer = tmp_path_factory.mktemp("shelf"), make_tiny.make_tokenizer()
-    torch.manual_seed(0)
-    model = make_tiny.make_model(tokenizer)
-    model.model.layers = model.model.layers[:2]
-    model.config.num_hidden_layers = 2
-    model.decoder.bias.data[tokenizer.convert_tokens_to_ids(["<answer>", "</answer>"])] = 3.0
-    model.save_pretrained(where / "model")
-    tokenizer.save_pretrained(where / "model")
-    lora = LoraConfig(r=4, target_modules=agrpo.block_linears(model), init_lora_weights=False)
-    get_peft_model(model, lora).save_pretrained(where / "adapter")
-    return SimpleNamespace(model=str(where / "model"), adapter=str(where / "adapter"))
+    adapter, policy = str(tmp_path_factory.mktemp("adapter")), policy_of(models["base"])
+    policy.model.save_pretrained(adapter)
+    return SimpleNamespace(model=models["base"], adapter=adapter)
 
 
 def run(program, *argv):
@@ -44,10 +33,7 @@ def run(program, *argv):
     def program_itself():
         found = program.parse([str(word) for word in argv])
         return program.run(*found if isinstance(found, tuple) else (found,))
-    said, errors = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
-        code = agrpo.in_one_sentence(program_itself)
-    return SimpleNamespace(code=code, out=said.getvalue(), err=errors.getvalue())
+    return captured(lambda: agrpo.in_one_sentence(program_itself))
 
 
 # --- evaluate ---------------------------------------------------------------------------------
@@ -176,10 +162,8 @@ def test_a_token_cannot_write_to_the_terminal(shelf):
     policy, data = agrpo.load_policy(cfg), tasks.load("countdown", "test", **cfg.options)
     decode = policy.tokenizer.batch_decode
     policy.tokenizer.batch_decode = lambda *a, **k: [t + "\033[2J\n" for t in decode(*a, **k)]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        watch.show(policy, data, 0, replace(cfg, m=2))
-    assert "\\x1b[2J" in said.getvalue() and "\033" not in said.getvalue()
+    said = captured(lambda: watch.show(policy, data, 0, replace(cfg, m=2))).out
+    assert "\\x1b[2J" in said and "\033" not in said
 
 
 def test_the_gif_has_a_frame_for_every_state_of_six_problems(shelf, tmp_path):
