@@ -483,10 +483,7 @@ def optimizer_step(params, optimizer, max_grad_norm):
 # § 7 A transformers model as the policy
 # ==============================================================================================
 
-class UserError(Exception):
-    """Bad input: one sentence that names the flag or file and what to do."""
-
-
+UserError = tasks.TaskError            # bad input: one sentence, naming flag or file
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -600,6 +597,7 @@ class Policy:
 
 
 # Naming one of these runs the Python code that comes with it, of this commit (None: newest).
+# For any other name that takes --trust_remote_code.
 KNOWN = {
     "GSAI-ML/LLaDA-8B-Instruct": "08b83a6feb34df1a6011b80c3c00c7563e963b07",
     "GSAI-ML/LLaDA-8B-Base": "0f2787f2d87eac5eed8a087d5ecd24277e6255b2",
@@ -616,7 +614,8 @@ def load_policy(cfg):
     """
     model, tokenizer = load_model(cfg)
     config, name = model.config, f"--model {cfg.model}"
-    # [MASK] is never a constant: members of one family differ.
+    # Which id is [MASK]? The config says it, or the tokenizer, or a token of that name. It is
+    # never a constant: members of one family differ.
     added = {text.strip("<|[]>").lower(): i for text, i in tokenizer.get_added_vocab().items()}
     said = [getattr(config, "mask_token_id", None), tokenizer.mask_token_id, added.get("mask"),
             added.get("mdm_mask"), -1]
@@ -633,6 +632,7 @@ def load_policy(cfg):
                         "--policy lab/policies.py:FrozenBlockCausal, and its --block_length")
     policy = kind(model, tokenizer, mask_id, cfg.device)
     policy.shift = policy.shift if cfg.shift < 0 else cfg.shift
+    # Look before there are adapters: what is found is said of the model as it came.
     policy.notes = [look_at(policy, name), add_adapters(policy, cfg)]
     if cfg.policy:
         policy.notes.append(f"--policy {cfg.policy}: {kind.note}")
@@ -654,6 +654,7 @@ def load_model(cfg):
     if folder is None:                 # hub out of reach: the cache, or an error at once
         where = dict(revision=cfg.revision or KNOWN.get(cfg.model),
                      local_files_only=not tasks.hub_answers(huggingface_hub))
+    # A local folder may bear a known name and hold anything.
     remote = cfg.trust_remote_code or folder is None and cfg.model in KNOWN
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=remote, **where)
@@ -765,6 +766,7 @@ def add_adapters(policy, cfg):
     elif cfg.adapter:
         policy.model = saved_adapter(base, cfg)
     else:
+        # B starts at zero, so this is the base model; A is random, the same in every process.
         torch.manual_seed(cfg.seed)
         lora = LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=layers)
         policy.model = get_peft_model(base, lora) if layers else base
@@ -772,9 +774,10 @@ def add_adapters(policy, cfg):
         if not layers or len(hit) != len(layers):
             raise UserError(f"--model {cfg.model}: LoRA hit {len(hit)} of {len(layers)} linear "
                             "layers in numbered blocks; --lora_r 0 trains all weights")
+    # peft would cast an adapter's input up to float32; autocast computes in 16 bits instead.
     for module in policy.model.modules():
         if policy.dtype in HALF and hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False             # autocast does, to 16 bits
+            module.cast_input_dtype_enabled = False
     if cfg.recompute and hasattr(getattr(base, "model", None), "set_activation_checkpointing"):
         base.model.set_activation_checkpointing("whole_layer")  # LLaDA's own switch
     elif cfg.recompute:
@@ -794,9 +797,10 @@ def saved_adapter(base, cfg):
     folder = str(Path(cfg.adapter).expanduser())
     misfit = f"it does not fit --model {cfg.model}"
     try:
+        # peft takes what fits and is silent about the rest: so compare the names.
         there = load_peft_weights(folder, device="cpu", local_files_only=True)
         model = PeftModel.from_pretrained(base, folder, is_trainable=True)
-        if there.keys() != get_peft_model_state_dict(model).keys():     # peft drops the rest
+        if there.keys() != get_peft_model_state_dict(model).keys():
             raise ValueError(misfit)
         if not all(x.isfinite().all() for x in there.values()):
             raise ValueError("its weights are not finite, its training diverged")
@@ -813,6 +817,7 @@ def block_linears(model):
     In a mixture of experts, experts and router stay as they are: few tokens reach each.
     """
     modules = dict(model.named_modules())
+    # "model.layers.3.mlp" is a mixture if "model.layers.3.mlp.experts" exists.
     mixtures = tuple(name[:-len("experts")] for name in modules if name.endswith(".experts"))
     return [name for name, module in modules.items()
             if isinstance(module, torch.nn.Linear) and any(map(str.isdigit, name.split(".")))
@@ -845,6 +850,7 @@ def row_random(keys):
 
 def questions(n, per_update, update, seed):
     """Indices of the examples of one update: a walk through all n, shuffled anew each epoch."""
+    # The i-th question of the run is the at-th of its epoch. An update may span two epochs.
     order = {}
     for i in range(update * per_update, (update + 1) * per_update):
         epoch, at = divmod(i, n)
@@ -880,6 +886,7 @@ def write_answers(policy, examples, keys, cfg, how):
 
     At most rollout_batch rows at a time. Returns the Trajectory, the texts and their grades.
     """
+    # The prompts, each copied next to itself: a group is contiguous.
     copies = len(keys) // len(examples)
     q, q_mask = policy.encode([tasks.TASKS[cfg.task].prompt(example) for example in examples])
     q, q_mask = (x.repeat_interleave(copies, dim=0) for x in (q, q_mask))
@@ -887,6 +894,7 @@ def write_answers(policy, examples, keys, cfg, how):
     for i in range(0, len(keys), cfg.rollout_batch):
         rows = slice(i, i + cfg.rollout_batch)
         parts.append(rollout(policy, q[rows], q_mask[rows], how, row_random(keys[rows])))
+    # Back into one batch.
     *tensors, _ = zip(*parts)
     traj = Trajectory(*(None if x[0] is None else torch.cat(x) for x in tensors), how)
     texts = policy.decode(traj.o)
@@ -921,10 +929,12 @@ def train(policy, data, cfg, params, optimizer, first=0, gradient=policy_gradien
         traj, texts, grades = write_answers(policy, examples, keys, cfg, cfg.how)
         rolled = time.time()
 
+        # What was better than its group becomes likelier, what was worse less likely.
         rewards = torch.tensor([g.reward for g in grades], dtype=torch.float64)
         A = group_advantages(rewards.to(traj.q.device), cfg.G, cfg.divide_by_std)
         seen, norms = [], []
-        for n in range(cfg.mu):                                 # passes over the same rollouts
+        for n in range(cfg.mu):
+            # A pass over the same rollouts, with timesteps and an optimizer step of its own.
             rand = row_random([(*key, "timesteps", n) for key in keys])
             seen.append(gradient(policy, traj, A, cfg, rand))
             if update == first and n == 0:
@@ -933,6 +943,7 @@ def train(policy, data, cfg, params, optimizer, first=0, gradient=policy_gradien
             for group in optimizer.param_groups:
                 group["lr"] = lr
             norms.append(optimizer_step(params, optimizer, cfg.max_grad_norm))
+        # The log has the largest norm of the passes; one that is not finite is the largest.
         worst = max(norms, key=lambda norm: (not math.isfinite(norm), norm))
         yield dict(update=update + 1, **statistics(policy, traj, grades, A, merge(seen), cfg),
                    lr=lr, grad_norm=worst, rollout_seconds=rolled - start,
@@ -952,15 +963,17 @@ def check_ratio(policy, ratio):
 
 def statistics(policy, traj, grades, A, seen, cfg):
     """The numbers of the log: means over the rows, tokens and pairs of all processes."""
+    # Tokens that were drawn; those of the last quarter of the steps; those behind the answer.
     drawn, ratio = traj.step_of < cfg.m, seen.ratio
     late = drawn & (traj.step_of >= cfg.m - max(1, cfg.m // 4))
     filling = torch.isin(traj.o, torch.tensor(sorted(policy.fill_ids), device=traj.o.device))
-    each = dict(                                                # values, to be averaged
+    each = dict(
         reward=[g.reward for g in grades], correct=[g.correct for g in grades],
         format=[g.format for g in grades], length=(~filling).sum(dim=1),
         dead_groups=(A.view(-1, cfg.G) == 0).all(dim=1), entropy=traj.entropy[drawn],
         late_eos=filling[late], kl=seen.kl, clip_low=(ratio < 1 - cfg.eps) & (seen.A < 0),
         clip_high=(ratio > 1 + cfg.eps) & (seen.A > 0))
+    # The mean over all processes is the sum of their sums over the sum of their counts.
     each = {name: torch.as_tensor(x).double() for name, x in each.items()}
     extremes = (ratio.min().item(), ratio.max().item()) if len(ratio) else (1.0, 1.0)
     sums = {name: (x.sum().item(), x.numel()) for name, x in each.items()}
@@ -1134,6 +1147,7 @@ def parse(argv=None):
     values = {**PRESETS[preset], **(TINY.get(task, {}) if preset == "tiny" else {}), **typed}
     options = {name: values.pop(name) for name in tasks.TASKS[task].options if name in values}
     cfg = Config(**values, options=options)
+    # What was left open follows from the rest, so that config.json has every value.
     cfg.block_length = cfg.block_length or cfg.C
     cfg.eval_C = cfg.eval_C or cfg.C
     cfg.eval_block = cfg.eval_block or (cfg.block_length if cfg.eval_C == cfg.C else cfg.eval_C)
@@ -1168,6 +1182,7 @@ def check(cfg, typed):
     """Refuse what cannot work, in a sentence that says what would. Raises UserError."""
     value, gpus = asdict(cfg), torch.cuda.device_count()
     gpu = re.fullmatch(r"cuda:?(\d*)", cfg.device)
+    # (is it broken?, what to say). Numbers first: the later rules count on them.
     rules = [(typed[name] == "", f"--{name} is empty: leave it out, or give a value")
              for name in typed]
     rules += [(not least <= value[name] < math.inf, f"--{name} {value[name]} is below {least}")
@@ -1205,11 +1220,9 @@ def find_task(name):
     """The name of a task in tasks.TASKS. FILE.py is imported: the first one it registers, or
     the one that FILE.py:NAME names. Raises UserError."""
     file, _, wanted = name.partition(":")
-    if name in tasks.TASKS:
-        return name
     if not file.endswith(".py"):
-        raise UserError(f"--task {name} is unknown: choose from {', '.join(tasks.TASKS)}, or a "
-                        "FILE.py that registers one")
+        return tasks.TASKS[name].name                           # or TASKS says what there is
+    # Its own are those that were not there before, or were another one of that name.
     before = dict(tasks.TASKS)
     import_file(file, "--task")
     new = [task for task in tasks.TASKS if tasks.TASKS[task] is not before.get(task)]
@@ -1227,7 +1240,8 @@ def import_file(path, flag):
         raise UserError(f"{flag} {path}: {file} is no Python file")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault("agrpo", sys.modules[__name__])      # its `import agrpo` is this one
+    # `import agrpo` in it must be this module, also where this was started as a program.
+    sys.modules.setdefault("agrpo", sys.modules[__name__])
     try:
         spec.loader.exec_module(module)
         return getattr(module, name) if name else module
@@ -1271,6 +1285,7 @@ def folder_of_my_own(out):
         handle = os.open(out, os.O_RDONLY)
     except OSError as e:
         raise UserError(f"--out {out} cannot be written to ({e.strerror})") from e
+    # The system drops this lock when the process dies, even by SIGKILL: no stale lock files.
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -1284,6 +1299,7 @@ def folder_of_my_own(out):
 
 
 def digest(data):
+    """16 bytes that other bytes would not have."""
     return blake2b(data, digest_size=16).digest()
 
 
@@ -1304,10 +1320,11 @@ def fingerprint(model, adapters=False):
 def save_checkpoint(cfg, state, trained, optimizer):
     """All that the same command needs to go on, to the same numbers."""
     if processes()[0] == 0:
+        # In memory first, with a digest of its bytes behind it: torch.load reads past that.
         file = io.BytesIO()
         torch.save(dict(state=state, config=flags(cfg), trained=trained,
                         optimizer=optimizer.state_dict()), file)
-        file.write(digest(file.getvalue()))                     # torch.load reads past it
+        file.write(digest(file.getvalue()))
         write(Path(cfg.out, "checkpoint.pt"), file.getbuffer())
         write(Path(cfg.out, "samples.jsonl"), b"".join(map(to_json, state["samples"])))
 
@@ -1327,6 +1344,8 @@ def load_checkpoint(path, cfg, base, trained, optimizer):
         config, params, state = saved["config"], saved["trained"], saved["state"]
     except Exception as e:             # whatever the readers of zip and pickle raise
         raise UserError(f"{path} cannot be read ({first_line(e)}): move it away") from e
+    # These may change between two calls: they do not change what is learnt. (The base model is
+    # compared by its weights.)
     free = ("out", "device", "save_every", "wandb", "preset", "revision", "model")
     for name, value in flags(cfg).items():
         if name not in free and config.get(name) != value:
@@ -1343,6 +1362,7 @@ def load_checkpoint(path, cfg, base, trained, optimizer):
 
 def save_weights(policy, folder):
     """The adapter, as plain peft loads it, or with --lora_r 0 a model that --model can name."""
+    # Whole under another name first, as in `write`.
     partial = folder.with_name(folder.name + ".partial")
     try:
         policy.model.save_pretrained(partial)
@@ -1380,10 +1400,12 @@ def versions():
 
 def header(cfg, policy, training, held_out):
     """Versions, device, what differs from the defaults, and the counts that follow."""
+    # One line on where this runs.
     on_cpu = torch.device(cfg.device).type == "cpu"
     where = f"{torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name()
     say(f"AGRPO | {', '.join(f'{name} {v}' for name, v in versions().items())} | {cfg.device}, "
         f"{where}, {processes()[1]} process(es) | seed {cfg.seed} | {cfg.out}")
+    # What differs from Config's defaults, seven a line.
     plain = asdict(Config())
     changed = [f"{name} {v}" for name, v in flags(cfg).items() if v != plain.get(name, "")]
     for i in range(0, len(changed), 7):
@@ -1417,6 +1439,7 @@ def table_row(*found):
     text = f"{found[0]['m']:6d} {'greedy' if found[0]['greedy'] else 'rollout':<8}"
     for x in found:
         text += f"   {x['accuracy']:6.1%} [{x['low']:5.1%}, {x['high']:5.1%}]"
+    # And the means of the task's own metrics, as the share of tagged answers.
     known = ("m", "greedy", "n", "accuracy", "low", "high", "reward")
     for name in [name for name in found[0] if name not in known]:
         text += f"   {name} " + " -> ".join(f"{x[name]:.2f}" for x in found)
@@ -1465,9 +1488,11 @@ def console(now, cfg, left):
 def warnings(now, past):
     """(kind, sentence) of the ways in which training fails, with the likely cause."""
     norm, H, dead, late = (now[x] for x in ("grad_norm", "entropy", "dead_groups", "late_eos"))
+    # A spike is measured against the median of the last 20 norms; dead updates have none.
     norms = sorted([x["grad_norm"] for x in past if 0 < x["grad_norm"] < math.inf][-20:])
     H_first, clipped = past[0]["entropy"] if past else 0.0, now["clip_low"] + now["clip_high"]
     spike = len(norms) >= 10 and 10 * norms[len(norms) // 2] < norm < math.inf
+    # kind: (is it so?, the sentence)
     signs = dict(
         broken=(not math.isfinite(norm), "a gradient that is not finite: it changed nothing"),
         spike=(spike, f"gradient norm {norm:.3g} is over 10 times its median: k too small, or "
@@ -1528,7 +1553,8 @@ class Stop:
 
 
 def join_processes(cfg):
-    """torchrun and accelerate launch set these variables; without them there is one process."""
+    """Meet the other processes of this run, where torchrun or accelerate launch started some."""
+    # They set these variables; without them there is one process.
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     if cfg.device != "cpu":
@@ -1552,12 +1578,12 @@ def must_agree(what):
 
 
 def load_test(cfg):
-    """The held-out examples. Raises tasks.TaskError."""
+    """The held-out examples. Raises UserError."""
     return tasks.load(cfg.task, "test", file=cfg.test_file or None, **cfg.options)
 
 
 def load_training(cfg, test):
-    """The training examples, none of which is a held-out problem. Raises tasks.TaskError."""
+    """The training examples, none of which is a held-out problem. Raises UserError."""
     return tasks.load(cfg.task, "train", seed=cfg.seed, file=cfg.train_file or None,
                       held_out=test, **cfg.options)
 
@@ -1569,7 +1595,8 @@ def make_optimizer(cfg, params):
 
 def short_enough(policy, data, cfg, split):
     """The examples whose prompts have at most --max_prompt tokens. Says how many have more."""
-    generated = data.source.startswith("generated")             # the first 100 stand for all
+    # Made examples are alike, so the first 100 stand for all.
+    generated = data.source.startswith("generated")
     some = [data[i] for i in range(min(len(data), 100) if generated else len(data))]
     _, mask = policy.encode([tasks.TASKS[cfg.task].prompt(example) for example in some])
     length = mask.sum(dim=1).tolist()
@@ -1594,6 +1621,7 @@ def peak_memory(device):
 
 def run(cfg):
     """Train, or go on where the folder's checkpoint stands, to the same numbers -> exit code"""
+    # The first process has the folder; each has the data and the model.
     join_processes(cfg)
     mine = folder_of_my_own(Path(cfg.out)) if processes()[0] == 0 else contextlib.nullcontext()
     with mine, Stop() as stop:
@@ -1618,6 +1646,7 @@ def begin(cfg, policy, test):
 
     Raises UserError.
     """
+    # Another flag or another model in one process would be averaged into everyone's gradient.
     trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(cfg, trained.values())
     base_model, start = fingerprint(policy.model), time.time()
@@ -1649,23 +1678,11 @@ def learn(cfg, policy, data, test, stop):
     state, trained, optimizer = begin(cfg, policy, test)
     first, history, log = state["update"], state["history"], logger(cfg)
     start, before = time.time(), state["seconds"]
-    every = max(1, cfg.updates // 50)                           # lines that fit a screen or two
     for now in train(policy, data, cfg, list(trained.values()), optimizer, first):
         sample, update = now.pop("sample"), now["update"]
         now["memory_bytes"] = peak_memory(cfg.device)
-        if update == 1 or update % (10 * every) == 0:
-            state["samples"].append(dict(update=update, **sample))
-            show_sample(sample)
-        if update == 1 or update % every == 0:
-            left = (time.time() - start) / (update - first) * (cfg.updates - update)
-            console(now, cfg, left)
-        # A warning that was given in the last 20 updates is not given again.
-        signs = warnings(now, history)
-        given = {kind for x in history[-20:] for kind in x["warnings"]}
-        now["warnings"] = [kind for kind, _ in signs]
-        for kind, sentence in signs:
-            if kind not in given:
-                say(f"    warning: {sentence}")
+        left = (time.time() - start) / (update - first) * (cfg.updates - update)
+        report(now, sample, state, cfg, left)
         if update % cfg.eval_every == 0 and update < cfg.updates:
             found = measure(policy, test, cfg, cfg.cells()[0])
             state["evals"].append(dict(update=update, **found))
@@ -1674,7 +1691,8 @@ def learn(cfg, policy, data, test, stop):
         log(now)
         history.append(now)
         state.update(update=update, seconds=before + time.time() - start)
-        stopping = any(gather(stop.asked))                      # Ctrl-C for one is for all
+        # Ctrl-C may have reached one process alone; all stop after the same update.
+        stopping = any(gather(stop.asked))
         if update % cfg.save_every == 0 or update == cfg.updates or stopping:
             save_checkpoint(cfg, state, trained, optimizer)
         if [math.isfinite(x["grad_norm"]) for x in history[-3:]] == [False] * 3:
@@ -1684,6 +1702,7 @@ def learn(cfg, policy, data, test, stop):
             break
     if state["update"] < cfg.updates:
         return state
+    # The last table, saved too: a finished run called again prints it without a forward.
     if cfg.updates == 0:
         state["final"] = state["base"]
     unfinished = not state["final"]
@@ -1692,6 +1711,23 @@ def learn(cfg, policy, data, test, stop):
         state["seconds"] = before + time.time() - start
         save_checkpoint(cfg, state, trained, optimizer)
     return state
+
+
+def report(now, sample, state, cfg, left):
+    """Print an update: its sample and its numbers only now and then, its warnings always."""
+    update, every = now["update"], max(1, cfg.updates // 50)    # lines that fit a screen or two
+    if update == 1 or update % (10 * every) == 0:
+        state["samples"].append(dict(update=update, **sample))
+        show_sample(sample)
+    if update == 1 or update % every == 0:
+        console(now, cfg, left)
+    # A warning that was given in the last 20 updates is not given again.
+    signs = warnings(now, state["history"])
+    given = {kind for x in state["history"][-20:] for kind in x["warnings"]}
+    now["warnings"] = [kind for kind, _ in signs]
+    for kind, sentence in signs:
+        if kind not in given:
+            say(f"    warning: {sentence}")
 
 
 def logger(cfg):
@@ -1713,7 +1749,8 @@ def logger(cfg):
 def finish(cfg, policy, state, source):
     """The weights, the curve, summary.json, and what they say."""
     out, history = Path(cfg.out), state["history"]
-    base, last = state["base"][0], state["final"][0]            # what the run is known by
+    # The first row of each table is what the run is known by: decoded as the rollouts are.
+    base, last = state["base"][0], state["final"][0]
     evals = state["evals"] + [dict(update=cfg.updates, **last)] * (cfg.updates > 0)
     best = max(evals, key=lambda e: e["accuracy"])
     roll, loss = (sum(x[name] for x in history) for name in ("rollout_seconds", "loss_seconds"))
@@ -1746,7 +1783,7 @@ def in_one_sentence(program):
     goes_on = "the last checkpoint is whole, the same command goes on from it"
     try:
         return program()
-    except (UserError, tasks.TaskError) as e:
+    except UserError as e:
         sentence = str(e)
     except FloatingPointError as e:
         sentence = f"{e}: its weights have diverged; start again with a lower --lr"
