@@ -624,8 +624,11 @@ def load_policy(cfg):
     if eos_id is None or not 0 <= mask_id < ids:
         raise UserError(f"{name}: [MASK] and EOS are {mask_id} and {eos_id} of {ids} ids; a "
                         "masked diffusion model has both: --mask_id N says which")
-    # Full attention in a model that was trained without moves log pi by 0.2 - 0.8 nats a token.
     kind = import_file(cfg.policy, "--policy") if cfg.policy else Policy
+    if not (isinstance(kind, type) and issubclass(kind, Policy)):
+        raise UserError(f"--policy {cfg.policy} must name a class like agrpo.Policy, derived from "
+                        "it: FILE.py:Class")
+    # Full attention in a model that was trained without moves log pi by 0.2 - 0.8 nats a token.
     about = " ".join([cfg.model, config.model_type, *(config.architectures or ())])
     if re.search(BLOCK_DIFFUSION, about, re.I) and not kind.block_causal:
         raise UserError(f"{name} is a block-diffusion model: log pi is wrong unless you add "
@@ -797,6 +800,8 @@ def saved_adapter(base, cfg):
     folder = str(Path(cfg.adapter).expanduser())
     misfit = f"it does not fit --model {cfg.model}"
     try:
+        if not Path(folder, "adapter_config.json").is_file():   # peft would ask the hub
+            raise ValueError("no adapter_config.json there")
         # peft takes what fits and is silent about the rest: so compare the names.
         there = load_peft_weights(folder, device="cpu", local_files_only=True)
         model = PeftModel.from_pretrained(base, folder, is_trainable=True)
@@ -1114,9 +1119,9 @@ TINY = {
 }
 CHOICES = dict(preset=(*PRESETS,), unmasking=UNMASKING, follow=FOLLOW,
                ratio_per=("token", "step"), dtype=("float32", "bfloat16", "float16"))
-AT_LEAST = dict(seed=0, questions=1, G=2, k=1, mu=1, beta=0, updates=0, weight_decay=0,
-                lora_r=0, lora_alpha=1, micro_batch=1, rollout_batch=1, eval_n=1, eval_every=1,
-                save_every=1, max_prompt=1, temperature=0)
+AT_LEAST = dict(seed=0, C=1, m=1, questions=1, G=2, k=1, mu=1, beta=0, updates=0,
+                weight_decay=0, lora_r=0, lora_alpha=1, micro_batch=1, rollout_batch=1,
+                eval_n=1, eval_every=1, save_every=1, max_prompt=1, temperature=0)
 ABOVE_0 = ("lr", "eps", "max_grad_norm")
 
 
@@ -1185,9 +1190,11 @@ def check(cfg, typed):
     # (is it broken?, what to say). Numbers first: the later rules count on them.
     rules = [(typed[name] == "", f"--{name} is empty: leave it out, or give a value")
              for name in typed]
-    rules += [(not least <= value[name] < math.inf, f"--{name} {value[name]} is below {least}")
+    rules += [(not least <= value[name] < math.inf,
+               f"--{name} {value[name]} cannot work: give a number from {least} on")
               for name, least in AT_LEAST.items()]
-    rules += [(not 0 < value[name] < math.inf, f"--{name} {value[name]} must be above 0")
+    rules += [(not 0 < value[name] < math.inf,
+               f"--{name} {value[name]} cannot work: give a number above 0")
               for name in ABOVE_0]
     try:
         cfg.how
@@ -1594,19 +1601,24 @@ def make_optimizer(cfg, params):
 
 
 def short_enough(policy, data, cfg, split):
-    """The examples whose prompts have at most --max_prompt tokens. Says how many have more."""
+    """The examples whose prompts are not too long. Says how many are. Raises UserError."""
+    # Prompt and completion must fit into the model; LLaDA's config has its own word for it.
+    sizes = ("max_position_embeddings", "max_sequence_length")
+    longest = min(getattr(policy.model.config, name, None) or math.inf for name in sizes)
+    most = max(0, min(cfg.max_prompt, longest - max(cfg.C, cfg.eval_C)))
     # Made examples are alike, so the first 100 stand for all.
     generated = data.source.startswith("generated")
     some = [data[i] for i in range(min(len(data), 100) if generated else len(data))]
     _, mask = policy.encode([tasks.TASKS[cfg.task].prompt(example) for example in some])
     length = mask.sum(dim=1).tolist()
-    kept = [example for example, n in zip(some, length) if n <= cfg.max_prompt]
+    kept = [example for example, n in zip(some, length) if n <= most]
     if len(kept) == len(some):
         return data
-    what = (f"{len(some) - len(kept)} of {len(some)} {split} prompts have over "
-            f"{cfg.max_prompt} tokens")
+    what = f"{len(some) - len(kept)} of {len(some)} {split} prompts have over {most} tokens"
     if generated or not kept:
-        raise UserError(f"{what}, up to {max(length)}: raise --max_prompt")
+        way_out = ("raise --max_prompt" if most == cfg.max_prompt else
+                   f"lower --C, for --model has room for {longest} tokens in all")
+        raise UserError(f"{what}, up to {max(length)}: {way_out}")
     say(f"{what}: left out")
     return kept
 
@@ -1675,8 +1687,9 @@ def learn(cfg, policy, data, test, stop):
 
     Raises UserError.
     """
+    log = logger(cfg)
     state, trained, optimizer = begin(cfg, policy, test)
-    first, history, log = state["update"], state["history"], logger(cfg)
+    first, history = state["update"], state["history"]
     start, before = time.time(), state["seconds"]
     for now in train(policy, data, cfg, list(trained.values()), optimizer, first):
         sample, update = now.pop("sample"), now["update"]

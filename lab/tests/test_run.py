@@ -357,7 +357,8 @@ BAD = {                                          # flags -> what the sentence mu
     "--steps few": "--steps few|12,6,3",
     "--eval_block 5": "--eval_block 5|6, 12",
     "--k 4": "--k 4|--m 3",
-    "--G 1": "--G 1",
+    "--G 1": "--G 1|from 2",
+    "--C 0": "--C 0|from 1",
     "--top_p 0": "--top_p 0",
     "--top_p 0.9": "--top_p 0.9|--top_k",
     "--seed 99999999999": "--seed 99999999999",
@@ -368,6 +369,7 @@ BAD = {                                          # flags -> what the sentence mu
     "--numbers 99": "numbers 99",
     "--empties 3": "--empties",
     "--max_prompt 2": "--max_prompt|over 2 tokens",
+    "--C 252 --m 21": "--C|over 4 tokens|256",
     "--max_number 200": "--model|vocabulary",
     "--mask_id 5000": "--mask_id|5000",
     "--train-file {mess}/none.jsonl": "none.jsonl|No such",
@@ -380,7 +382,10 @@ BAD = {                                          # flags -> what the sentence mu
     "--model ''": "--model is empty",
     "--model {mess}/nowhere": "--model|nowhere|config.json",
     "--model lab/tny": "--model lab/tny|network",
-    "--adapter {mess}/nowhere": "--adapter|nowhere",
+    "--adapter {mess}/nowhere": "--adapter|nowhere|adapter_config.json",
+    "--policy {policies}": "--policy|FILE.py:Class",
+    "--policy {policies}:torch": "--policy|FILE.py:Class",
+    "--adapter nowhere": "--adapter nowhere|adapter_config.json",
     "--adapter {run}/adapter --model {shallow}": "--adapter|--model",
     "--adapter {mess}/nan": "--adapter|not finite",
     "--out {mess}/rubbish.jsonl": "--out|rubbish.jsonl",
@@ -420,7 +425,8 @@ def test_bad_input_is_one_sentence_with_a_way_out(typed, finished, mess, tmp_pat
     monkeypatch.setattr(tasks, "hub_answers", lambda hub: False)        # no network
     monkeypatch.chdir(tmp_path)
     models = {name: shelf[name] for name in ("shallow", "other")}
-    argv = shlex.split(typed.format(mess=mess, run=finished.folder, **models))
+    argv = shlex.split(typed.format(mess=mess, run=finished.folder, **models,
+                                    policies=ROOT / "lab" / "policies.py"))
     before, began = snapshot(finished.folder, mess), time.time()
     done = run(tmp_path / "run", *argv)
     assert done.code == 2 and time.time() - began < 15
