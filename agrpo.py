@@ -45,6 +45,7 @@ import time
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from hashlib import blake2b
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -626,8 +627,8 @@ def load_policy(cfg):
                         "masked diffusion model has both: --mask_id N says which")
     kind = import_file(cfg.policy, "--policy") if cfg.policy else Policy
     if not (isinstance(kind, type) and issubclass(kind, Policy)):
-        raise UserError(f"--policy {cfg.policy} must name a class like agrpo.Policy, derived from "
-                        "it: FILE.py:Class")
+        raise UserError(f"--policy {cfg.policy} must name a class that derives from "
+                        "agrpo.Policy: FILE.py:Class")
     # Full attention in a model that was trained without moves log pi by 0.2 - 0.8 nats a token.
     about = " ".join([cfg.model, config.model_type, *(config.architectures or ())])
     if re.search(BLOCK_DIFFUSION, about, re.I) and not kind.block_causal:
@@ -1274,13 +1275,9 @@ def write(path, data):
 
 def to_json(value, indent=None):
     """A line of strict JSON: a number that is not finite becomes null."""
-    def finite(x):
-        if isinstance(x, dict):
-            return {name: finite(v) for name, v in x.items()}
-        if isinstance(x, (list, tuple)):
-            return [finite(v) for v in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
-    return (json.dumps(finite(value), indent=indent) + "\n").encode()
+    # Python writes NaN and Infinity, which no other reader knows; and reads what it wrote.
+    strict = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    return (json.dumps(strict, indent=indent) + "\n").encode()
 
 
 @contextlib.contextmanager
@@ -1399,10 +1396,7 @@ def cut(text, width=100):
 
 
 def versions():
-    import peft
-    import transformers
-    modules = dict(torch=torch, transformers=transformers, peft=peft)
-    return {name: module.__version__ for name, module in modules.items()}
+    return {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
 
 
 def header(cfg, policy, training, held_out):
@@ -1537,26 +1531,29 @@ def draw_curve(path, history, evals, title):
 
 # --- a run ------------------------------------------------------------------------------------
 
-class Stop:
-    """Ctrl-C, SIGTERM, SIGHUP: the update in hand is finished and saved; twice: at once."""
-    asked = False
+@contextlib.contextmanager
+def heard_signals():
+    """Ctrl-C, SIGTERM, SIGHUP: a list of those that came, for the update in hand is finished.
 
-    def __enter__(self):
-        ours = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        heard = [n for n in ours if signal.getsignal(n) != signal.SIG_IGN]  # not under nohup
-        self.before = {n: signal.signal(n, self.received) for n in heard}
-        return self
+    The second one is a KeyboardInterrupt: it stops at once.
+    """
+    heard = []
 
-    def __exit__(self, *error):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def received(self, number, frame):
-        if self.asked:
+    def receive(number, frame):
+        if heard:
             raise KeyboardInterrupt
-        self.asked = True
+        heard.append(number)
         with contextlib.suppress(OSError):                      # print may be under way
             os.write(2, b"\nstopping after this update, to save it (again: at once)\n")
+    # Not those that were ignored before, as SIGHUP is under nohup.
+    ours = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(n) != signal.SIG_IGN]
+    before = [signal.signal(n, receive) for n in ours]
+    try:
+        yield heard
+    finally:
+        for number, handler in zip(ours, before):
+            signal.signal(number, handler)
 
 
 def join_processes(cfg):
@@ -1636,7 +1633,7 @@ def run(cfg):
     # The first process has the folder; each has the data and the model.
     join_processes(cfg)
     mine = folder_of_my_own(Path(cfg.out)) if processes()[0] == 0 else contextlib.nullcontext()
-    with mine, Stop() as stop:
+    with mine, heard_signals() as heard:
         test = data = load_test(cfg)
         if cfg.updates:
             data = load_training(cfg, test)
@@ -1644,7 +1641,7 @@ def run(cfg):
         header(cfg, policy, data.source, source)
         test = short_enough(policy, test, cfg, "held-out")
         data = short_enough(policy, data, cfg, "training")
-        state = learn(cfg, policy, data, test, stop)
+        state = learn(cfg, policy, data, test, heard)
         if state["update"] == cfg.updates:
             finish(cfg, policy, state, source)
             return 0
@@ -1682,8 +1679,8 @@ def begin(cfg, policy, test):
     return state, trained, optimizer
 
 
-def learn(cfg, policy, data, test, stop):
-    """Begin, train until done or asked to stop, saving on the way -> state
+def learn(cfg, policy, data, test, heard):
+    """Begin, train until done or a signal was heard, saving on the way -> state
 
     Raises UserError.
     """
@@ -1705,7 +1702,7 @@ def learn(cfg, policy, data, test, stop):
         history.append(now)
         state.update(update=update, seconds=before + time.time() - start)
         # Ctrl-C may have reached one process alone; all stop after the same update.
-        stopping = any(gather(stop.asked))
+        stopping = any(gather(bool(heard)))
         if update % cfg.save_every == 0 or update == cfg.updates or stopping:
             save_checkpoint(cfg, state, trained, optimizer)
         if [math.isfinite(x["grad_norm"]) for x in history[-3:]] == [False] * 3:
