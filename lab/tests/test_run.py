@@ -241,6 +241,18 @@ def test_three_files_in_an_empty_folder_train_resume_and_evaluate(forked, finish
     assert len(refused.err.splitlines()) == 1 and not list((tmp_path / "runs").iterdir())
 
 
+def test_what_was_ignored_stays_ignored_and_handlers_are_put_back():
+    """Under nohup SIGHUP is ignored, so that a run outlives its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with agrpo.heard_signals() as heard:
+        signal.raise_signal(signal.SIGHUP)
+        assert heard == []
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 # --- nothing wrong in silence -----------------------------------------------------------------
 
 def poison(monkeypatch, calls):
@@ -302,8 +314,9 @@ def test_weights_that_diverge_end_in_one_sentence(lively, tmp_path):
 def test_a_run_that_learnt_from_no_rollout_says_so(tmp_path, monkeypatch):
     never = lambda text, example: tasks.graded(0.0, 0, "never right", "")
     change(monkeypatch, grade=never)
-    done = run(tmp_path / "run", "--updates", 1)
+    done = run(tmp_path / "run", "--updates", 3)
     assert done.code == 0 and "no rollout was learnt from" in done.out
+    assert done.out.count("groups are dead") == 1               # said once, not each update
 
 
 def test_a_batch_grader_must_return_a_grade_for_each_text(tmp_path, monkeypatch):
