@@ -14,7 +14,7 @@ bash run.sh COMMAND [flags]          times on 2 CPU cores with the tiny model
   sudoku          train on 4x4 Sudoku                                       2 minutes
   gsm8k, math     train on word problems: with --preset llada or qwen, on a GPU
   FILE.py         train on a task of your own
-  eval            a model, or base beside --adapter, at several --steps     seconds
+  eval            a model, or base beside --adapter, at several --steps     a minute
   watch           one problem, denoised step by step; --gif draws it        seconds
   plan            memory, disk and hours of a run; downloads nothing        seconds
   bench           time one update of each policy; on a GPU the kernel too   minutes
@@ -40,17 +40,16 @@ setup() {  # once, and again only when requirements.txt changes
 
 command=${1:-menu}
 [ $# -gt 0 ] && shift
-python=.venv/bin/python
 case $command in
-    menu|help|-h|--help) menu ;;
-    test)   setup; exec $python -m pytest -q test_agrpo.py lab/tests "$@" ;;
-    eval)   setup; exec $python lab/evaluate.py "$@" ;;
-    watch)  setup; exec $python lab/watch.py "$@" ;;
-    plan)   setup; exec $python lab/plan.py "$@" ;;
-    bench)  setup; exec $python lab/bench.py "$@" ;;
-    lab)    setup; exec $python lab/experiments.py "$@" ;;
-    tiny)   setup; exec $python lab/make_tiny.py "$@" ;;
-    math)   setup; exec $python agrpo.py --task lab/math_task.py "$@" ;;
-    -*)     echo "run.sh: the first word is a command, not a flag; bash run.sh lists them" >&2; exit 2 ;;
-    *)      setup; exec $python agrpo.py --task "$command" "$@" ;;
+    menu|help|-h|--help) menu; exit ;;
+    -*) echo "run.sh: the first word is a command, not a flag; bash run.sh lists them" >&2; exit 2 ;;
+    test)             run=(-m pytest -q test_agrpo.py lab/tests) ;;
+    eval)             run=(lab/evaluate.py) ;;
+    watch|plan|bench) run=(lab/"$command".py) ;;
+    lab)              run=(lab/experiments.py) ;;
+    tiny)             run=(lab/make_tiny.py) ;;
+    math)             run=(agrpo.py --task lab/math_task.py) ;;
+    *)                run=(agrpo.py --task "$command") ;;
 esac
+setup
+exec .venv/bin/python "${run[@]}" "$@"

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import agrpo
+import tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -25,6 +26,11 @@ def commands():
     ours = r"(?:bash run\.sh|python \S+\.py|torchrun)"
     lines += [" ".join(found.split()) for found in re.findall(rf"`({ours}[^`]*)`", README)]
     return [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+
+
+def python_block(beginning):
+    """The Python block of README that begins so."""
+    return re.search(rf"^```python\n({re.escape(beginning)}.*?)^```", README, re.S | re.M)[1]
 
 
 # --- what a command runs ----------------------------------------------------------------------
@@ -92,19 +98,65 @@ def parse(file, flags, monkeypatch):
             module.main()
 
 
+@pytest.fixture
+def my_task(tmp_path, monkeypatch):
+    """README's task of one's own as a file; what it registers is forgotten after the test."""
+    monkeypatch.setattr(tasks, "TASKS", tasks.Tasks(tasks.TASKS))
+    file = tmp_path / "my_task.py"
+    file.write_text(python_block("# my_task.py"))
+    return str(file)
+
+
 @pytest.mark.parametrize("line", commands())
-def test_every_command_parses(line, run_sh, monkeypatch):
+def test_every_command_parses(line, run_sh, my_task, monkeypatch):
     monkeypatch.chdir(ROOT)                                     # for --task lab/math_task.py
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     line = re.sub(r"\$\w+|(?<=--seed )S\b", "2", line)          # the variable of a loop
     found = [python_file(shlex.split(part, comments=True), run_sh)
              for part in re.split(r"&&|;|\|", line)]
     for file, flags in found:
-        if "my_task.py" in flags:                               # the reader's own
-            flags[flags.index("my_task.py")] = "lab/choice_task.py"
+        flags = [my_task if flag == "my_task.py" else flag for flag in flags]
         if file and flags not in (["--help"], ["-h"]):
             assert (ROOT / file).is_file()
             parse(file, flags, monkeypatch)
+
+
+# --- what a reader copies ---------------------------------------------------------------------
+
+def test_the_task_of_ones_own_makes_problems_and_grades(my_task):
+    task = tasks.TASKS[agrpo.find_task(my_task)]
+    example = task.make("0", 0, "train")
+    first, second, third = example["nums"]
+    assert task.prompt(example)[-1]["content"] == f"Numbers: {first} {second} {third}"
+    right = task.grade(f"<answer> {third} {second} {first} </answer>", example)
+    assert (right.reward, right.correct) == (4.0, True)
+    short = task.grade(f"<answer> {third}", example)
+    assert (short.reward, short.correct) == (1.0, False)
+
+
+def test_the_loop_to_lift_runs_and_moves_the_model():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = torch.nn.Embedding(7, 8), torch.nn.Linear(8, 7)
+
+        def forward(self, ids, attention_mask):
+            return argparse.Namespace(logits=self.head(self.embed(ids)))
+
+    torch.manual_seed(0)
+    model, before = Model(), Model()
+    before.load_state_dict(model.state_dict())
+    q = torch.full((16, 3), 2)
+    names = dict(
+        agrpo=agrpo, torch=torch, model=model, MASK=6, EOS=5, q=q, q_mask=torch.ones_like(q),
+        tokenizer=argparse.Namespace(batch_decode=torch.Tensor.tolist),
+        my_checker=lambda texts: torch.tensor([float(text.count(1)) for text in texts]),
+        optimizer=torch.optim.SGD(model.parameters(), lr=10.0))
+    exec(python_block("class MyPolicy"), names)
+    assert (names["seen"].ratio - 1).abs().max() < 1e-5
+    # Token 1 is what the checker pays for.
+    was, now = (some(q, None).logits.softmax(dim=-1)[0, 0, 1] for some in (before, model))
+    assert now > was
 
 
 def test_no_comment_follows_a_line_continuation():
