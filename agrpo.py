@@ -16,7 +16,8 @@ is a plain sum of token log-probabilities: exact, from one forward pass, no ELBO
 
 § 1 to § 6 are the algorithm: tensors in, tensors out, to be lifted into other code. § 7 makes a
 transformers model the policy, § 8 is the training loop, § 9 all that a person types and sees.
-Needs kernels.py and tasks.py beside it, and nothing else of this repository.
+Needs kernels.py and tasks.py beside it, and nothing else of this repository. Copied as text,
+§ 1 to § 6 need torch and kernels.py alone.
 
 Left out on purpose: a value network, a separate reference model, key-value caches (a policy may
 bring one, see Block), sharding one model over GPUs. And training by low-confidence unmasking:
@@ -61,6 +62,7 @@ from kernels import logprobs_and_entropy, support_logprobs_and_entropy
 # ==============================================================================================
 #   state   x_t  the prompt, the tokens revealed before step t, [MASK] everywhere else
 #   action  a_t  the W tokens revealed at step t:  log pi(a_t | x_t) = sum log p(token | x_t)
+#                (where, is settled before: by chance or by x_t alone, see § 2)
 #   reward  r    a checker's verdict on the finished text, once, at the end
 #
 # One rollout, C = 6 tokens in m = 3 steps, so W = 2:
@@ -81,7 +83,7 @@ class Decoding:
     """How a completion is written: m steps, block after block, C / m tokens a step."""
     C: int
     m: int
-    block_length: int
+    block_length: int              # it is written in blocks of so many tokens, left to right
     unmasking: str = "random"      # which positions a step reveals, one of UNMASKING
     temperature: float = 1.0       # 0 is greedy: for evaluation
     top_k: int = 0                 # draw among the likeliest top_k tokens only; 0: among all
@@ -135,6 +137,7 @@ class Block(NamedTuple):
 
     A policy may look at less than the whole text, and keep what it knows of the text around the
     block in `kept`, empty at first: the gradient is that of whatever function the policy is.
+    (lab/policies.py has such; the plain policy of § 7 ignores all of this.)
     """
     start: int
     end: int
@@ -203,7 +206,8 @@ def inverse_cdf(p, u):
 def sample_tokens(logits, u, how):
     """One token per position. logits (N, W, V), u (N, W) -> tokens (N, W), support or None.
 
-    The nucleus keeps the token that crosses top_p. Only the `topk` reads all V logits.
+    The nucleus keeps the token that crosses top_p. With top_k only the `topk` reads all V
+    logits.
     """
     if how.temperature == 0:
         return logits.argmax(dim=-1), None
@@ -259,7 +263,9 @@ def rollout(policy, q, q_mask, how, rand=uniforms):
             break
 
         # Where: W of the positions still masked in this block. Never by the drawn tokens: a
-        # choice among those would be part of the action, and its probability unknown.
+        # choice among those would be part of the action, and its probability unknown. max_prob
+        # and entropy choose by theta, but without chance: where no order flips, that choice has
+        # no gradient. All rows have equally many left.
         still = step_of[row, start:start + block_length] == how.m
         masked = start + still.nonzero()[:, 1].view(len(row), -1)               # (R, c)
         if how.unmasking == "random":
@@ -292,7 +298,7 @@ def rollout(policy, q, q_mask, how, rand=uniforms):
 # ==============================================================================================
 
 def group_advantages(rewards, G, divide_by_std=False):
-    """A_i = r_i - mean_j r_j over the G rollouts of one question. rewards (B,) -> (B,).
+    """A_i = r_i - mean_j r_j over the G rollouts of one question. rewards (B,) float -> (B,).
 
     Groups are contiguous. Exactly 0 where all rewards of a group are equal: a dead group.
     The mean includes r_i: the expected gradient is (G-1)/G of the policy gradient, a constant.
@@ -312,7 +318,8 @@ def group_advantages(rewards, G, divide_by_std=False):
 # ==============================================================================================
 # The gradient is a sum over all m steps, a forward and backward pass each. AGRPO estimates it
 # from k << m of them:   sum_t g_t  ~  sum_j w_j g_{t_j},   t_j ~ p,   w_j = 1 / (k p_{t_j}).
-# The mean is the full sum for every p > 0 where the row acted. The variance differs.
+# The mean is the full sum for every p > 0 where the row acted. The variance differs. The draws
+# need not be independent: all that counts is that step t is drawn k p_t times on average.
 # p may look at the drawn tokens: given the trajectory, the estimate of its sum stays unbiased.
 
 FOLLOW = ("surprise", "entropy", "uniform")
@@ -368,7 +375,8 @@ def sample_timesteps(p, k, offset):
 def step_logprobs(policy, traj, rows, steps):
     """log pi_theta of what pairs (row, step) revealed, by one forward pass; and log pi_old.
 
-    rows, steps (N,), the steps all of one block. Returns (N, W) with gradient, (N, W).
+    rows, steps (N,), the steps all of one block, unless the policy ignores blocks. Returns
+    (N, W) with gradient, (N, W).
     """
     # x_t again: the tokens revealed before step t, [MASK] elsewhere. And where step t acted.
     step_of = traj.step_of[rows]                                            # (N, C)
@@ -428,7 +436,8 @@ def add_gradient(policy, traj, A, pairs, eps=0.2, micro_batch=32, ratio_per="tok
 
     A (B,); pairs: rows, steps, w, each (N,). One backward per micro-batch, so that one graph is
     alive at a time; gradients add up to that of the whole. With beta, policy.reference() is a
-    context in which the policy is the reference.
+    context in which the policy is the reference. Before the first optimizer step Seen.ratio
+    is 1; if not, rollout and loss were two functions (dropout?).
     """
     B, m = len(A), traj.how.m
     nothing = traj.logp_old.new_zeros(0, dtype=torch.float32)
@@ -465,7 +474,8 @@ def merge(seen):
 
 def optimizer_step(params, optimizer, max_grad_norm):
     """Average gradients over processes, clip, step. Returns the norm before clipping."""
-    for p in params:                                            # dead groups only leave none
+    params = [p for p in params if p.requires_grad]
+    for p in params:                                            # no live group leaves no .grad
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
     if dist.is_initialized():
         flat = torch.cat([p.grad.flatten() for p in params])
@@ -496,7 +506,7 @@ class Policy:
     """
     block_causal = False               # does a token see only its own block and those before?
     note = ""                          # printed where --policy names this class
-    row = None                         # which state each row is in; None: each in its own
+    row = positions = None             # set by `logits` for the hook: see there
 
     def __init__(self, model, tokenizer, mask_id, device="cpu"):
         self.model, self.tokenizer, self.device = model, tokenizer, torch.device(device)
@@ -1132,7 +1142,8 @@ def parse(argv=None):
     Every field is a flag, the comment behind it its help; so is every option of the task.
     Raises UserError.
     """
-    parser = Parser(allow_abbrev=False, add_help=False, usage="agrpo.py [--flag VALUE ...]")
+    parser = Parser(allow_abbrev=False, add_help=False, usage="agrpo.py [--flag VALUE ...]",
+                    epilog="Presets and tasks set other values: a run's first lines say which.")
     comments = dict(re.findall(r"^    (\w+): .*# (.+)$", inspect.getsource(Config), re.M))
     for f in fields(Config):
         if f.name != "options":
@@ -1149,7 +1160,8 @@ def parse(argv=None):
     preset = typed.setdefault("preset", of_model.get(typed.get("model"), "tiny"))
     if preset == "tiny" and "model" not in typed and task not in TINY:
         raise UserError(f"--task {task} needs a model that reads its problems: add --preset "
-                        "llada, --preset qwen or --model")
+                        "llada, --preset qwen or --model, and the flags of the run if this is "
+                        "about its --adapter")
     values = {**PRESETS[preset], **(TINY.get(task, {}) if preset == "tiny" else {}), **typed}
     options = {name: values.pop(name) for name in tasks.TASKS[task].options if name in values}
     cfg = Config(**values, options=options)
@@ -1179,7 +1191,8 @@ def add_flag(parser, name, default, help):
     kind = type(default)
     more = dict(type=boolean, nargs="?", const=True) if kind is bool else dict(type=kind)
     spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-    help = f"{help} [{default}]".replace("%", "%%")
+    shown = "" if default == "" or help.endswith("]") else f" [{default}]"
+    help = (help + shown).replace("%", "%%")
     parser.add_argument(*spellings, dest=name, default=argparse.SUPPRESS, help=help,
                         choices=CHOICES.get(name), metavar=kind.__name__.upper(), **more)
 
@@ -1454,10 +1467,11 @@ def table_head(trained):
 
 def table(policy, data, cfg, state, who):
     """Fill state[who], who "base" or "final", with a row for each evaluation; print them."""
-    say(table_head(who == "final"))
     for i, how in enumerate(cfg.cells()):
         if i == len(state[who]):
             state[who].append(measure(policy, data, cfg, how))
+        if i == 0:
+            say(table_head(who == "final"))
         say(table_row(state["base"][i], *state["final"][i:i + 1]))
 
 
@@ -1557,7 +1571,7 @@ def heard_signals():
 
 
 def join_processes(cfg):
-    """Meet the other processes of this run, where torchrun or accelerate launch started some."""
+    """Meet the other processes of this run, if torchrun or accelerate launch started some."""
     # They set these variables; without them there is one process.
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return

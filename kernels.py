@@ -10,11 +10,11 @@ AGRPO needs two numbers of every row x of logits that it scores, and the gradien
     (-(A * logp).mean() - 0.01 * H.mean()).backward()      # both send a gradient
 
 That is easy arithmetic; the cost is moving x, V = 126464 numbers a row for LLaDA. Bytes per
-logit in bfloat16, forward and backward (counted, operation by operation):
-
+logit in bfloat16 (counted, operation by operation):
+                                                                           forward  backward
     plain PyTorch (`naive` below): float, / T, log_softmax, exp, product and sum,
-    each reading and writing all of (N, V)                                       50      98
-    one fused pass: read x; in the backward read x again and write dx             2       4
+    each reading and writing all of (N, V)                                      50        98
+    one fused pass: read x; in the backward read x again and write dx            2         4
 
 A GPU adds faster than it reads, so bytes are time. Where sampling kept only the likeliest K
 tokens, rows are no wider than that: `support_logprobs_and_entropy`, the same kernel on (N, K).
@@ -32,6 +32,7 @@ import types
 import torch
 
 # transformers looks for a package called `kernels` and imports this file: nothing may run here.
+# (Where you have that package, rename this file.)
 try:
     import triton
     import triton.language as tl
@@ -235,7 +236,8 @@ def logprobs_and_entropy(logits, labels, positions=None, temperature=1.0, impl="
     logits       (N, V) float32, bfloat16 or float16; float64 goes the reference way. Rows may
                  have any stride. -inf is legal: probability 0, gradient 0
     labels       (N,) int64, 0..V-1; (n,) if positions are given
-    positions    None, or (n,) int64: score these rows only, none of them twice
+    positions    None, or (n,) int64: score these rows only, none of them twice; for callers
+                 who have logits of all places (agrpo.py asks for those it needs)
     temperature  a number > 0
     impl         "triton", "reference", or "auto": triton for CUDA tensors where it is installed
     returns      logp, H in the shape of labels, float32, with gradients. A label whose logit is

@@ -544,7 +544,10 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     p.grad = tensor([1.0, math.nan])
     assert math.isnan(agrpo.optimizer_step([p], optimizer, 1.0)) and p.tolist() == [1.0, 1.0]
     p.grad = tensor([3.0, 4.0])
-    assert agrpo.optimizer_step([p], optimizer, 1.0) == pytest.approx(5.0) and (p < 1).all()
+    frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    params = iter([p, frozen])                                  # as model.parameters() is
+    assert agrpo.optimizer_step(params, optimizer, 1.0) == pytest.approx(5.0) and (p < 1).all()
+    assert frozen.grad is None
 
 
 # --- § 7 A transformers model as the policy ---------------------------------------------------
