@@ -683,6 +683,18 @@ def test_processes_share_the_questions_and_draw_what_one_would(toy_task, monkeyp
         assert torch.equal(drawn(), whole[index::2])
 
 
+def test_a_policy_with_dropout_is_found_before_it_learns(toy_task):
+    """Rollout and loss would be two functions, and the ratio compare the two."""
+    class Dropping(Toy):
+        def every_logit(self, ids):
+            return torch.nn.functional.dropout(super().every_logit(ids), 0.1)
+    policy = Dropping(TOY.C)
+    before, params = policy.W.clone(), list(policy.parameters())
+    with pytest.raises(agrpo.UserError, match="ratio - 1.*rollout and loss disagree"):
+        next(agrpo.train(policy, DATA, TOY, params, torch.optim.SGD(params, lr=1.0)))
+    assert torch.equal(policy.W, before)
+
+
 def test_learning_on_the_toy_raises_the_expected_reward(toy_task):
     cfg = replace(TOY, updates=40, lr=0.05, questions=12, G=8, rollout_batch=512)
     policy, data = Toy(cfg.C), [dict(want=A_)] * 300
