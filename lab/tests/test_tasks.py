@@ -272,7 +272,7 @@ GSM8K_RIGHT = r"""
 18 ~ 18 dollars. | 36 / 2 | \dfrac{36}{2} | \$18 | $18$ | 18km | 18 \text{ dollars} | 18 kg/week
 18 ~ 18\text{ hours} | \(18\) | 18 miles per hour | 18 square feet | 18^\circ | 18 m
 18 ~ 18 halfpennies ;; 0 ~ -0 ;; 0.5 ~ 1/2 | .5 ;; 12.5 ~ \frac{25}{2} ;; 1,234,567 ~ 1234567
-1000 ~ 1,000 | 1{,}000 | \$1,000 | 1000 | $1,000.00 | 1,000 dollars | 2,000/2
+1000 ~ 1,000 | 1{,}000 | 1\,000 | 1,\!000 | \$1,000 | 1000 | $1,000.00 | 1,000 dollars | 2,000/2
 -18 ~ -18 | −18 | -$18 | $-18 | -\frac{36}{2} ;; 3 x 6 = <<3*6=18>>18 #### 18 ~ 18"""
 
 
@@ -837,15 +837,3 @@ def test_a_batch_grader_returns_a_grade_for_each_text(monkeypatch):
         tasks.grade_batch("gsm8k", ["18"], [EXAMPLES["gsm8k"]])
     grades = tasks.grade_batch("gsm8k-platinum", [RIGHT["gsm8k"], "7"], [EXAMPLES["gsm8k"]] * 2)
     assert [g.correct for g in grades] == [True, False]
-
-
-def test_the_ten_lines_of_the_readme_make_a_task(monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (code,) = [block for block in blocks if "tasks.TASKS[" in block]
-    exec(code, {})
-    monkeypatch.setitem(tasks.TASKS, "reverse", tasks.TASKS.pop("reverse"))    # gone afterwards
-    test = tasks.load("reverse", "test")
-    train = tasks.load("reverse", "train", held_out=test)
-    assert not {e["word"] for e in train[:2000]} & {e["word"] for e in test}
-    assert tasks.grade("reverse", "<answer>cba</answer>", {"word": "abc"}).reward == 4
-    assert tasks.grade("reverse", "<answer>abc</answer>", {"word": "abc"}).reward == 1
