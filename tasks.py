@@ -424,7 +424,7 @@ def to_number(text):
     text = text.replace("{,}", ",").replace("−", "-")
     text = re.sub(r"(?<=[0-9]),?\\[,!](?=[0-9]{3})", ",", text)       # 385\,000 and 10,\!080
     text = re.sub(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r" \1/\2 ", text)
-    text = re.sub(r"\\(?:text|mathrm)\s*\{([A-Za-z/\s]*)\}", r" \1", text)
+    text = re.sub(r"\\(?:text|mathrm)\s*\{([A-Za-z0-9/.,\s]*)\}", r" \1", text)
     text = re.sub(r"\\[,;:! ]|\\?[$%]|\\[()\[\]]|\^\{?\\circ\}?", " ", text)
     match = NUMBER.fullmatch(" ".join(text.split()).removesuffix(".").strip())
     with suppress(TypeError, ValueError, ZeroDivisionError):
