@@ -63,6 +63,7 @@ class Task:
     options: dict = field(default_factory=dict)    # name -> default; each is a flag
     limits: dict = field(default_factory=dict)     # name -> smallest, largest
     key: Callable | None = None        # example -> what train and test may not share
+    same: Callable | None = None       # example -> what no two test problems share [all of it]
     grade_batch: Callable | None = None            # texts, examples -> grades, where cheaper
 
 
@@ -85,9 +86,11 @@ def last_answer(text, box=False):
     What a closed <think> holds counts only where nothing else is an answer; a <think> that was
     never closed hides nothing. Returns a Found; linear in the text.
     """
+    # A <think> that is open behind the last </think> was never closed: it stays.
     head, closed, tail = text.rpartition("</think>")
     spoken, thoughts = re.subn("<think>.*?</think>", " ", head + closed, flags=re.DOTALL)
     spoken, thought = spoken + tail, thoughts > 0
+    # What was said first, then thoughts too; complete tags first, then unclosed ones.
     for part in (spoken, text):
         pieces = [piece.split("</answer>") for piece in part.split("<answer>")[1:]]
         complete = [piece[0] for piece in pieces if len(piece) > 1]
@@ -107,6 +110,7 @@ def boxes(text):
 
     Returns [(the 40 characters before, content, the 40 behind)].
     """
+    # Every brace that closes belongs to the last one that opened: no recursion, linear.
     text, found, opened = text[-20_000:], [], []
     for brace in re.finditer(r"(\\?boxed\s*)?\{|\\.|\}", text, re.DOTALL):    # \{ is no brace
         if brace[0][-1] == "{" and brace[0] != r"\{":
@@ -155,6 +159,7 @@ def make_countdown(seed, index, split, numbers, max_number, max_target, division
     operations = list(OPERATIONS.values())[:4 if division else 3]
     for _ in range(20_000):
         nums = [rng.randrange(max_number) + 1 for _ in range(numbers)]
+        # Two of the values, an operation, one value in their place; until one is left.
         values = list(nums)
         while len(values) > 1:
             a = values.pop(int(rng.random() * len(values)))
@@ -183,6 +188,11 @@ def read_countdown(row, split, options):
         raise ValueError("the numbers must be integers from 0, at least one, and so the target")
     *nums, target = map(int, values)
     return {"nums": nums, "target": target}
+
+
+def countdown_key(example):
+    """The same numbers in another order are the same problem."""
+    return sorted(example["nums"]), example["target"]
 
 
 def part_of_3to4(example, split, options):
@@ -228,6 +238,7 @@ def calculate(text):
         raise SyntaxError(text)
     integers = []
 
+    # The tree of + - * / is walked here; what else Python can parse ends with an error.
     def value(node):    # a sign, ** and // have no place here: a KeyError, an AttributeError
         if isinstance(node, ast.Constant):
             integers.append(node.value)
@@ -246,6 +257,7 @@ def grade_countdown(text, example):
         answer = unwrap(answer)
         left, stated = re.fullmatch("([^=]*)(?:= ?(-?[0-9]+))?", answer).groups()
         value, used = calculate(left)
+        # Every number exactly once: compared as multisets.
         unused = Counter(example["nums"]) - Counter(used)
         extra = Counter(used) - Counter(example["nums"])
         if unused:
@@ -340,6 +352,7 @@ def grade_sudoku(text, example):
     if not re.fullmatch("[1-4]{16}", grid):
         reason = "not sixteen digits 1-4"
         return graded(format, 0, reason, grid, found.tagged, cell_accuracy=0.0)
+    # Any grid that solves the puzzle is right; else each empty cell counts by itself.
     kept = bool(solutions(example["puzzle"], among=grid))
     correct = kept and grid in grids()
     cells = zip(example["puzzle"], example["solution"], grid)
@@ -353,6 +366,8 @@ def grade_sudoku(text, example):
 
 
 # --- GSM8K: one number ------------------------------------------------------------------------
+# How much of a text is the answer, and which number is it? The patterns below decide cases that
+# real answers have; a first reading may skip them.
 
 def read_gsm8k(row, split, options):
     """{"question": .., "answer": ".. #### 18"}; a number, 18 or 18.0, is fine too."""
@@ -421,6 +436,7 @@ def to_number(text):
     """The one number that a text is, as a Fraction. None: a second one, or work not done."""
     if len(text) > 200:
         return None
+    # LaTeX to plain text: separators of thousands, fractions, words, dollars and spaces.
     text = text.replace("{,}", ",").replace("−", "-")
     text = re.sub(r"(?<=[0-9]),?\\[,!](?=[0-9]{3})", ",", text)       # 385\,000 and 10,\!080
     text = re.sub(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r" \1/\2 ", text)
@@ -457,7 +473,7 @@ TASKS = Tasks({task.name: task for task in (
     Task("countdown", countdown_prompt, grade_countdown, make_countdown, read_countdown,
          options={"numbers": 3, "max_number": 100, "max_target": 100, "division": True},
          limits={"numbers": (2, 6), "max_number": (1, 10**6), "max_target": (1, 10**6)},
-         key=lambda example: (sorted(example["nums"]), example["target"])),
+         key=countdown_key, same=countdown_key),
     Task("sudoku", sudoku_prompt, grade_sudoku, make_sudoku, read_sudoku,
          options={"empties": 8}, limits={"empties": (0, 12)},
          key=lambda example: example["solution"]),
@@ -532,18 +548,21 @@ def load(name, split, seed=0, file=None, size=None, held_out=(), **options):
     its order. held_out: the test examples; training examples that share a problem with them are
     left out, or drawn again. Raises TaskError.
     """
+    # What cannot be is refused before anything is read.
     task = TASKS[name]
     options = checked(task, options)
     if file and not task.read:
         raise TaskError(f"task {name} makes its problems and reads no --{split}_file")
     if split not in SIZES or not (file or task.make or split in task.hub):
         raise TaskError(f"task {name} has no {split} data of its own: give --{split}_file")
+    # Training never sees a test problem, wherever the two come from.
     if split == "train" and not held_out and not file and "test" in task.hub:
         held_out = load(name, "test", **options)
     known = {key(task, example) for example in held_out if split == "train"}
     if task.make and not file:
         return generated(task, split, seed, size or SIZES[split], known, options)
 
+    # A file or the hub: row by row, so that a bad one is named.
     rows, source = rows_of(split, file, task.hub.get(split))
     examples = []
     for number, row in enumerate(rows, 1):
@@ -555,6 +574,7 @@ def load(name, split, seed=0, file=None, size=None, held_out=(), **options):
             examples.append(example)
     kept = [example for example in examples if key(task, example) not in known]
 
+    # The source says what was left out; it stands beside every result.
     unwanted, shared = len(rows) - len(examples), len(examples) - len(kept)
     if not kept:
         raise TaskError(f"{source} has no {split} rows for task {name}: {unwanted} left out by "
@@ -576,12 +596,13 @@ def checked(task, options):
         kind = type(task.options[name])
         low, high = task.limits.get(name, (value, value))
         if type(value) is not kind or not low <= value <= high:
-            raise TaskError(f"--{name} {value!r} cannot work: {task.name} takes a "
-                            f"{kind.__name__} from {low} to {high}")
+            raise TaskError(f"--{name} {value!r} cannot work: {task.name} takes {low} to "
+                            f"{high}, of type {kind.__name__}")
     return {**task.options, **options}
 
 
 def generated(task, split, seed, size, known, options):
+    # The i-th example, drawn again while it is a test problem.
     def make(i):
         for again in range(1000):
             another = f"{seed} again {again}" if again else f"{seed}"
@@ -596,11 +617,11 @@ def generated(task, split, seed, size, known, options):
         beside = ", no test problem among them" if known else ""
         return Examples(make, size, f"generated, seed {seed}{beside}")
 
-    # A test problem twice would make its accuracy look surer than it is.
+    # A test problem twice would make its accuracy look surer than it is. There are fewer where
+    # the options leave fewer.
     different = {}
     for example in map(make, range(5 * size)):
-        once = key(task, example) if "nums" in example else repr(example)
-        different.setdefault(once, example)
+        different.setdefault(repr(task.same(example) if task.same else example), example)
         if len(different) == size:
             break
     examples = list(different.values())

@@ -813,7 +813,7 @@ def test_the_hub_ids_are_those_of_the_paper():
 # --- Options, and a task of one's own ---------------------------------------------------------
 
 @pytest.mark.parametrize("task, options, said", [
-    ("countdown", {"numbers": 1}, ["--numbers 1", "from 2 to 6"]),
+    ("countdown", {"numbers": 1}, ["--numbers 1", "takes 2 to 6"]),
     ("countdown", {"max_target": 0}, ["--max_target 0"]),
     ("sudoku", {"empties": 13}, ["--empties 13"]),
     ("countdown", {"empties": 3}, ["--empties", "--max_number"]),
