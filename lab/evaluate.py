@@ -71,9 +71,8 @@ def refuse_other_flags(path, flags):
     before = json.loads(path.read_bytes()) if path.exists() else {}
     for name in before:
         if name not in FREE and before[name] != flags.get(name):
-            was = f"with --{name} {before[name]}, not {flags.get(name)}"
-            if name == "weights":
-                was = "with other weights of the same name"
+            was = ("with other weights of the same name" if name == "weights" else
+                   f"with --{name} {before[name]}, not {flags.get(name)}")
             raise agrpo.UserError(f"--out {path.parent} was evaluated {was}: repeat its flags, "
                                   "or choose another --out")
     agrpo.write(path, agrpo.to_json(flags, indent=2))
@@ -85,22 +84,21 @@ def grade_missing(policy, data, cfg, how, cell, kept, path):
     Returns the cell's records, those of the first --eval_n problems.
     """
     who, seed, m, greedy = cell
-    places = [(*cell, i) for i in range(min(cfg.eval_n, len(data)))]
-    missing = [i for *_, i in places if (*cell, i) not in kept]
+    asked = range(min(cfg.eval_n, len(data)))
+    missing = [i for i in asked if (*cell, i) not in kept]
     for start in range(0, len(missing), cfg.rollout_batch):
         batch = missing[start:start + cfg.rollout_batch]
         if sys.stderr.isatty():
             print(f"{who}, m = {m}: {start} of {len(missing)} ", end="\r", file=sys.stderr)
         # The keys of training's own evaluation: the same draws, the same numbers as its table.
         keys = [(seed, "evaluation", m, i) for i in batch]
-        examples = [data[i] for i in batch]
-        _, texts, grades = agrpo.write_answers(policy, examples, keys, cfg, how)
+        _, *found = agrpo.write_answers(policy, [data[i] for i in batch], keys, cfg, how)
         new = [dict(who=who, seed=seed, m=m, greedy=greedy, index=i, text=text, **asdict(grade))
-               for i, text, grade in zip(batch, texts, grades)]
+               for i, text, grade in zip(batch, *found)]
         with open(path, "ab") as f:
             f.write(b"".join(map(agrpo.to_json, new)))
         kept.update((place(record), record) for record in new)
-    return [kept[place] for place in places]
+    return [kept[(*cell, i)] for i in asked]
 
 
 def summarise(seeds, m, greedy):
@@ -109,16 +107,12 @@ def summarise(seeds, m, greedy):
     Seeds repeat the problems, so the interval is the one that n problems allow.
     """
     n, accuracies = len(seeds[0]), [mean(r["correct"] for r in records) for records in seeds]
-    everyone = [record for records in seeds for record in records]
-    accuracy = mean(accuracies)
-    low, high = agrpo.wilson(accuracy * n, n)
-    row = dict(m=m, greedy=greedy, n=n, accuracy=accuracy, low=low, high=high)
-    row["reward"] = mean(record["reward"] for record in everyone)
-    for name in everyone[0]["metrics"]:
-        row[name] = mean(record["metrics"][name] for record in everyone)
+    low, high = agrpo.wilson(mean(accuracies) * n, n)
+    numbers = [dict(record["metrics"], reward=record["reward"]) for x in seeds for record in x]
+    means = {name: mean(x[name] for x in numbers) for name in ("reward", *numbers[0])}
     if len(seeds) > 1:
-        row["sd over seeds"] = stdev(accuracies)
-    return row
+        means["sd over seeds"] = stdev(accuracies)
+    return dict(m=m, greedy=greedy, n=n, accuracy=mean(accuracies), low=low, high=high, **means)
 
 
 def run(cfg, seeds):

@@ -42,6 +42,7 @@ import figures
 from estimators import ESTIMATORS, NOTHING, SAMPLERS
 
 EXPERIMENTS = {}                       # name -> (function, time, its flags, those of --quick)
+HARD = dict(sudoku=dict(unmasking="random"))         # by max_prob most groups are right: dead
 
 
 def experiment(time, flags="", quick=""):
@@ -327,10 +328,9 @@ def variance(lab):
     """Relative variance of the estimate against the exact gradient of all steps, for every
     timestep sampler, k and m; of all parameters of the base model, and LoRA after --updates."""
     ms, draws = dict(countdown=(4, 6, 12), sudoku=(4, 5, 10)), 20 if lab.quick else 300
-    hard = dict(sudoku=dict(unmasking="random"))      # by max_prob most groups are right: dead
     kinds = {"base model": dict(lora_r=0), f"after {lab.config().updates} updates": {}}
     results = lab.over_seeds(variance_cell, {
-        f"{task}, {kind}": (dict(task=task, **hard.get(task, {}), **flags),
+        f"{task}, {kind}": (dict(HARD.get(task, {}), task=task, **flags),
                             ms.get(task, (4,))[:1 if lab.quick else 3], draws)
         for task in lab.tasks() for kind, flags in kinds.items()})
     # One record for each sampler, m and k, with the batch of rollouts that it is of.
@@ -480,22 +480,20 @@ def angle_row(parts):
 def compare_gradients(lab):
     """The tables of angles, one for each m. Returns what `figures.dots` draws of them."""
     names = ["every step", "AGRPO", "official", *estimators.RECIPES]
-    batches, draws = (2, 2) if lab.quick else (12, 2)
-    ms, panels = {4: 2} if lab.quick else {2: 1, 4: 2, 12: 4}, {}
-    for m, k in ms.items():
-        rows = {}
-        for T, who in (("", names), (WARM, ["AGRPO", "scored at T = 1"])):
-            flags = dict(m=m, k=k, temperature=T) if T else dict(m=m, k=k)
-            calls = [(lab.config(seed=seed, **flags), who, batches, draws)
-                     for seed in lab.seeds]
+    batches, draws, panels = 2 if lab.quick else 12, 2, {}
+    cfg = lab.config()
+    # From few steps to one token a step, which is m = 12 for Countdown and 20 for Sudoku.
+    ms = {4: 2} if lab.quick else {2: 1, 4: 2, cfg.C: 4}
+    for m in sorted({*ms} & {*agrpo.step_counts(cfg.C, cfg.block_length)}):
+        rows, flags = {}, dict(HARD.get(cfg.task, {}), m=m, k=ms[m])
+        for T, who in (("", names), (f", T = {WARM}", ["AGRPO", "scored at T = 1"])):
+            at = dict(flags, temperature=WARM) if T else flags
+            calls = [(lab.config(seed=seed, **at), who, batches, draws) for seed in lab.seeds]
             parts = [part for part in lab.pieces(directions, calls) if part]
-            for name in who if parts else ():
-                shown = f"{name}, T = {T}" if T else name
-                rows[shown] = [part[name] for part in parts]
+            rows |= {name + T: [part[name] for part in parts] for name in who if parts}
         if not rows:
             continue
-        cfg = lab.config(m=m, k=k)
-        lab.note(f"m = {m}, k = {k}; {cfg.task}, all parameters of the base model, "
+        lab.note(f"m = {m}, k = {ms[m]}; {cfg.task}, all parameters of the base model, "
                  f"{len(lab.seeds)} seeds x {batches} batches of {cfg.questions * cfg.G} "
                  f"rollouts, {draws} draws on each")
         lab.table(("estimator", "states", "one", "mean", "bias", "variance", "x states",
@@ -518,7 +516,7 @@ ORDER = ["AGRPO", "ELBO", "one-step", "step-merge", "EGSPO", "coupled", "ESPO", 
 def compare_learning(lab, task):
     """Learning at equal forward passes: all learning rates with the first seed, the best one
     with every seed. Returns {name: [run per seed]} of what has been run."""
-    hard = dict(unmasking="random") if task == "sudoku" else {}
+    hard = HARD.get(task, {})
     cfg = lab.config(task=task, **hard)
     names = ["AGRPO", "ELBO", "JustGRPO"] if lab.quick else ORDER
     rows = cfg.questions * cfg.G

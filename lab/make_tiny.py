@@ -23,6 +23,7 @@ import random
 import sys
 import time
 from functools import lru_cache
+from operator import add, mul, sub
 from pathlib import Path
 
 import torch
@@ -83,16 +84,15 @@ def make_model(tokenizer, dropout=0.0):
 def answers(nums, target):
     """Right answers of one form, so that every token has its place: ( a op b ) op c without a
     division and without a negative value between; c - ( a op b ) where only that will do."""
-    usual, other = set(), set()
-    for a, b, c in itertools.permutations(nums):
-        for op, value in (("+", a + b), ("-", a - b), ("*", a * b)):
-            if value < 0:
-                continue
-            for then, result in (("+", value + c), ("-", value - c), ("*", value * c)):
-                if result == target:
-                    usual.add(f"( {a} {op} {b} ) {then} {c}")
-            if c - value == target:
-                other.add(f"{c} - ( {a} {op} {b} )")
+    apply, usual, other = {"+": add, "-": sub, "*": mul}, set(), set()
+    for (a, b, c), op in itertools.product(itertools.permutations(nums), apply):
+        value = apply[op](a, b)
+        if value < 0:
+            continue
+        right = [then for then in apply if apply[then](value, c) == target]
+        usual.update(f"( {a} {op} {b} ) {then} {c}" for then in right)
+        if c - value == target:
+            other.add(f"{c} - ( {a} {op} {b} )")
     return sorted(usual or other)
 
 
@@ -124,17 +124,15 @@ def batches(task, tokenizer, batch, seed, options):
     examples = examples_of(task, seed, options, rng)
 
     @lru_cache(maxsize=1 << 18)                      # anew it would be a tenth of the time
-    def encode(text, prompt):
-        if prompt:
-            text = tokenizer.apply_chat_template([{"role": "user", "content": text}],
-                                                 tokenize=False, add_generation_prompt=True)
+    def encode(text):
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     while True:
         rows = []
         for example in itertools.islice(examples, batch):
-            q = encode(tasks.TASKS[task].prompt(example)[-1]["content"], True)
-            o = encode(answer(task, example, rng), False)
+            # What the chat template makes of a prompt.
+            q = encode(tasks.TASKS[task].prompt(example)[-1]["content"] + " [SEP]")
+            o = encode(answer(task, example, rng))
             rows.append(q + (o + [tokenizer.eos_token_id] * C)[:C])
         yield torch.tensor(rows), len(q)             # all prompts of a task are equally long
 

@@ -72,11 +72,10 @@ def write_one(policy, data, number, cfg):
 
     # A row that ended early has tokens that no step drew: they come with the finished text.
     last = max((step for step in step_of if step < cfg.m), default=0) + 1
-    states, before = [], 0
-    for t in [*range(0, last, -(-last // MOST_STATES)), last]:
-        states.append((t, ["masked" if step >= t and t < last else
-                           "new" if before <= step < t else "old" for step in step_of]))
-        before = t
+    shown = [*range(0, last, -(-last // MOST_STATES)), last]
+    states = [(t, ["masked" if step >= t and t < last else
+                   "new" if before <= step < t else "old" for step in step_of])
+              for before, t in zip([0, *shown], shown)]
     return Written(traj, texts[0], grades[0], words, glue, states)
 
 
@@ -153,17 +152,17 @@ def gif(policy, data, first, cfg, path):
     lowest = max(y for pair in pairs.values() for it in pair for _, y, _ in place(it))
     size = (2 * WIDTH + 3 * MARGIN, lowest + 114 + LINE + MARGIN)
 
-    frames, times = [], []
+    frames, times = [], []                                      # times in milliseconds
     for number, pair in pairs.items():
         question = tasks.TASKS[cfg.task].prompt(data[number])[-1]["content"]
         count = max(len(it.states) for it in pair)
+        times += [800] * (count - 1) + [2000]
         for i in range(count):
             frames.append(Image.new("RGB", size, "white"))
             draw = ImageDraw.Draw(frames[-1])
             draw.text((MARGIN, 16), agrpo.cut(question, 84), fill=PALE, font=font())
             for it, who, left in zip(pair, ("base", "trained"), (MARGIN, 2 * MARGIN + WIDTH)):
                 draw_panel(draw, left, f"{who}, m = {cfg.m}", it, i)
-            times.append(2000 if i == count - 1 else 800)       # milliseconds
     path.parent.mkdir(parents=True, exist_ok=True)
     file = io.BytesIO()
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=times, loop=0)

@@ -390,17 +390,21 @@ def test_a_piece_is_known_by_what_it_computes():
 
 
 def test_angles_tell_bias_from_variance():
-    """g = (3, 0); two draws (3, 4) and (3, 0), whose mean is 34 degrees off."""
-    draws, g = tensor([[3.0, 4.0], [3.0, 0.0]]), tensor([3.0, 0.0])
-    e = draws.mean(dim=0)
-    part = dict(dot=(e @ g).item(), gg=9.0, ee=(draws[0] @ draws[1]).item(), square=17.0,
-                states=2.0, cosine=[0.6, 1.0], batches=2, across=9.0, across_ee=9.0,
-                across_gg=9.0)
+    """g = (3, 0); two draws 2 (3, 4) and 2 (3, 0), whose mean is 34 degrees off."""
+    part = dict(dot=18.0, gg=9.0, ee=36.0, square=68.0, states=2.0, cosine=[0.6, 1.0],
+                batches=2, across=9.0, across_ee=9.0, across_gg=9.0)
     found = experiments.angles([part, part])
     assert found["one"] == pytest.approx(0.8) and found["mean"] == pytest.approx(1.0)
+    # At the length of g: twice as long a draw is not a noisier one.
     assert found["variance"] == pytest.approx((17 - 9) / 9) and found["states"] == 2
-    off = experiments.angles([dict(part, ee=13.0)])             # |E e|^2 = 9 + 4: bias
+    off = experiments.angles([dict(part, ee=52.0)])             # |E e|^2 = 36 + 16: bias
     assert off["bias"] == pytest.approx(2 / 13 ** 0.5)
+
+
+def test_cosines_fit_the_completion_of_every_task(tmp_path, capsys):
+    """At 2, 4 and C steps; of the pieces none is there, so that nothing is computed."""
+    shown = lab(capsys, "compare", "--task", "sudoku", "--show", "--out", str(tmp_path))
+    assert "sudoku: held-out accuracy" in shown and "countdown" not in shown
 
 
 def test_directions_multiplies_different_draws(monkeypatch):
