@@ -281,8 +281,7 @@ def spg(policy, traj, A, cfg, rand, K=2, power=1.5, eos="first"):
         share = v / v.sum(dim=1, keepdim=True).clamp(min=1e-300)
         scored = s[rows].any(dim=1).sum(dim=1)[:, None, None]
         upper = L[rows, :, None] / scored * share
-        mixed = (lower[rows] + upper) / 2
-        return torch.where(A[rows, None, None] > 0, lower[rows], mixed)
+        return lower[rows].where(A[rows, None, None] > 0, (lower[rows] + upper) / 2)
     return States(s | (block > b), lower, A, weigh)
 
 
