@@ -261,7 +261,7 @@ def report(cfg, shape, source):
     yield f"memory      {size(need)} at the peak; here: {size(have)} {where}: {verdict}"
     # Measured: it reuses large pieces badly. A fixed threshold gives each back to the system.
     if not gpu and max(peak.values()) > 0.4e9:
-        yield "            (the heap may hold 2 - 3 times that; MALLOC_MMAP_THRESHOLD_=65536 set"
+        yield "            (its heap may hold 2 - 3 times it; MALLOC_MMAP_THRESHOLD_=65536 set"
         yield "            in the environment holds it to the sum, at 1.7 times the time)"
 
     rows, (write, learn) = cfg.questions * cfg.G, work(cfg, shape, prompt)
