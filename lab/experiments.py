@@ -243,7 +243,8 @@ def learning_row(runs):
         return ["not run"] * len(LEARNING)
     updates, passes, seconds = (np.mean([evals[-1][x] for evals in there])
                                 for x in ("update", "passes", "seconds"))
-    return (f"{there[0][0]['accuracy']:.1%}", spread([last(run) for run in runs]),
+    base = np.mean([evals[0]["accuracy"] for evals in there])
+    return (f"{base:.1%}", spread([last(run) for run in runs]),
             spread([run and run["greedy"] for run in runs]), f"{updates:.0f}",
             f"{passes:,.0f}", f"{seconds / updates:.2f}")
 
@@ -572,7 +573,8 @@ def compare(lab):
         ends = {name: [last(run) for run in seeds] for name, seeds in runs.items()}
         for name in sorted(ends, key=lambda name: -np.mean(ends[name])):
             panels.setdefault(task, {})[name] = ends[name], np.mean(ends[name])
-            base[task] = runs[name][0]["evals"][0]["accuracy"]
+            # Each seed has draws of its own, so a base of its own.
+            base[task] = np.mean([run["evals"][0]["accuracy"] for run in runs[name]])
     if panels:
         draw = figures.dots(panels, "held-out accuracy   (dashed: before training)", "a seed",
                             "their mean", base)
