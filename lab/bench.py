@@ -6,23 +6,22 @@
     bash run.sh bench update --model FOLDER --trust_remote_code
     bash run.sh bench count                bytes and FLOPs of an 8B model, without running it
 
-kernel   kernels.py beside eager PyTorch, torch.compile, Liger's cross entropy if installed, and
-         a plain copy, on random logits of LLaDA's vocabulary: medians of triton's do_bench with
-         20th and 80th percentile, then the bars the kernel has to clear. Without a GPU only
-         whether it is correct, in Triton's interpreter.
-update   seconds of one rollout and of one loss (forward and backward of B k pairs) by the plain
-         policy and those of lab/policies.py, with the same random weights, pairs and draws, in
-         turn; and by a baseline that does it the official code's way: LM head in the model's
-         dtype on all positions, one forward a timestep, no two rows in one. For nobody does a
-         row end early or a group have no gradient. Without optimizer and grading.
-count    the operators of a rollout step and of a loss pass of an 8B model, on tensors without
-         memory: bytes read and written, FLOPs by dtype, and what a model of an H100 takes for
-         them; with float32 adapters as peft leaves them and under agrpo.py's bf16 autocast.
+kernel   kernels.py beside eager PyTorch, torch.compile, Liger's cross entropy if installed and
+         a plain copy, on random logits of LLaDA's vocabulary, then the bars it has to clear.
+         Without a GPU only whether it is correct, in Triton's interpreter.
+update   seconds of one rollout and of one loss (forward and backward of B k pairs) by each
+         policy, with the same random weights, pairs and draws, in turn; and the official code's
+         way: LM head in the model's dtype on all positions, one forward a timestep, no two rows
+         in one. For nobody does a row end early or a group have no gradient.
+count    a rollout step and a loss pass of an 8B model on tensors without memory: bytes read and
+         written, FLOPs by dtype, and what a model of an H100 takes for them; with float32
+         adapters as peft leaves them and under agrpo.py's bf16 autocast.
 """
 import argparse
 import contextlib
 import copy
 import itertools
+import math
 import os
 import statistics
 import sys
@@ -51,6 +50,14 @@ from kernels import logprobs_and_entropy
 V, T = 126464, 0.6
 SIZES = 24, 96, 512, 2048, 8192        # rows: a training micro-batch, a rollout step, and up
 PASSES = {"forward": 1, "backward": 2, "both": 3}      # over the logits, at least
+# What the kernel promises: a share of the copy's speed, a factor over another implementation,
+# for rows of bfloat16 and of float32, which is what agrpo.py passes; there eager PyTorch moves
+# fewer times our bytes.
+BARS = [("forward", "copy", 0.75, 0.75), ("backward", "copy", 0.80, 0.80),
+        ("forward", "eager", 12, 6), ("backward", "eager", 10, 6),
+        ("forward", "compile", 1.0, 1.0), ("backward", "compile", 0.95, 0.95),
+        ("both", "liger", 1.2, 1.2)]
+DTYPES = torch.bfloat16, torch.float32
 
 
 def bench_kernel(args, cfg):
@@ -72,24 +79,19 @@ def bench_kernel(args, cfg):
     print(f"{'dtype':9s}{'rows':>5s} {'':17s}{'us':>9s} {'[p20, p80]':20s}{'GB/s':>6s}"
           f"{'of copy':>9s}{'extra MB':>10s}")
     results = {}
-    for dtype, N, (name, call) in itertools.product(BARS, SIZES, implementations().items()):
-        # Two buffers take turns, and do_bench empties the L2 cache before every call.
-        torch.manual_seed(0)
-        buffers = [torch.randn(N, V, device="cuda", dtype=dtype, requires_grad=True)
-                   for _ in range(2)]
-        labels = torch.randint(V, (N,), device="cuda")
+    for dtype, N, (name, call) in itertools.product(DTYPES, SIZES, implementations().items()):
+        row = f"{str(dtype)[6:]:9s}{N:5d} {name:8s}"
         torch._dynamo.reset()                           # every shape is compiled for itself
         try:
-            measured = measure_kernel(triton, call, buffers, labels)
+            measured = measure_kernel(triton, call, dtype, N)
         except torch.OutOfMemoryError:
-            print(f"{str(dtype)[6:]:9s}{N:5d} {name:8s} out of memory")
+            print(row, "out of memory")
             continue
         for phase, (us, p20, p80, mb) in measured.items():
-            gbs = PASSES[phase] * buffers[0].nbytes / 1e3 / us
-            share, between = gbs / copy_gbs, f"[{p20:.1f}, {p80:.1f}]"
-            results[dtype, N, name, phase] = us, share, mb
-            print(f"{str(dtype)[6:]:9s}{N:5d} {name:8s} {phase:8s}{us:9.1f} {between:20s}"
-                  f"{gbs:6.0f}{share:9.0%}{mb:10.2f}")
+            gbs = PASSES[phase] * N * V * dtype.itemsize / 1e3 / us
+            results[dtype, N, name, phase] = us, gbs / copy_gbs, mb
+            print(f"{row}{phase:8s}{us:9.1f} {f'[{p20:.1f}, {p80:.1f}]':20s}{gbs:6.0f}"
+                  f"{gbs / copy_gbs:9.0%}{mb:10.2f}")
     print_bars(results)
 
 
@@ -97,7 +99,7 @@ def check_kernel(device):
     """Errors against float64 on ragged, strided, truncated rows; ends if a bar is missed."""
     # The interpreter truncates float32 to bfloat16 where a GPU rounds: twice the error.
     rounding = 2**-8 if device == "cuda" else 2**-7
-    for dtype, dx_bar in ((torch.float32, 1e-6), (torch.bfloat16, rounding)):
+    for dtype, dx_bar in zip(DTYPES, (rounding, 1e-6)):
         rng = torch.Generator().manual_seed(0)
         x = (4 * torch.randn(6, 50257, generator=rng)).to(device, dtype)[::2]       # V is odd
         x[0, 100:], x[2, :9000] = -torch.inf, -torch.inf
@@ -109,9 +111,9 @@ def check_kernel(device):
             out = logprobs_and_entropy(logits, labels, temperature=T, impl=impl)
             results.append([*out, *torch.autograd.grad(out, logits, list(g.to(out[0].dtype)))])
         (logp, H, dx), (logp64, H64, dx64) = results
-        errors = {"logp": ((logp - logp64) / (1 + logp64.abs()), 1e-6), "H": (H - H64, 5e-6),
-                  "dlogits": ((dx - dx64) * T / g.abs().sum(0)[:, None], dx_bar)}
-        for name, (error, bar) in errors.items():
+        for name, error, bar in (
+                ("logp", (logp - logp64) / (1 + logp64.abs()), 1e-6), ("H", H - H64, 5e-6),
+                ("dlogits", (dx - dx64) * T / g.abs().sum(0)[:, None], dx_bar)):
             worst = error.abs().max().item()
             print(f"{str(dtype)[6:]:9s} error of {name:8s}{worst:8.1e}   bar {bar:.1e}")
             if not worst <= bar:
@@ -136,9 +138,13 @@ def implementations():
     return calls
 
 
-def measure_kernel(triton, call, buffers, labels):
+def measure_kernel(triton, call, dtype, N):
     """{phase: (median us, p20, p80, peak MB beyond what was there, results included)}"""
-    turn = itertools.cycle(range(len(buffers)))
+    # Two buffers take turns, and do_bench empties the L2 cache before every call.
+    torch.manual_seed(0)
+    buffers = [torch.randn(N, V, device="cuda", dtype=dtype, requires_grad=True)
+               for _ in range(2)]
+    labels, turn = torch.randint(V, (N,), device="cuda"), itertools.cycle(range(2))
     outputs = [call(x, labels) for x in buffers]
     grads = [torch.randn_like(out) for out in outputs[0]]
 
@@ -165,37 +171,28 @@ def measure_kernel(triton, call, buffers, labels):
     return measured
 
 
-# What the kernel promises: a share of the copy's speed, a factor over another implementation.
-# Rows of float32 are what agrpo.py passes; there eager PyTorch moves fewer times our bytes.
-EAGER = {torch.bfloat16: (12, 10), torch.float32: (6, 6)}
-BARS = {dtype: [("forward", "copy", 0.75), ("backward", "copy", 0.80),
-                ("forward", "eager", forward), ("backward", "eager", backward),
-                ("forward", "compile", 1.0), ("backward", "compile", 0.95),
-                ("both", "liger", 1.2)] for dtype, (forward, backward) in EAGER.items()}
-
-
 def print_bars(results):
     """results {(dtype, rows, name, phase): (us, share of the copy, extra MB)}"""
-    def get(N, name, phase):
-        return results.get((dtype, N, name, phase), (float("nan"),) * 3)
-
-    for dtype, promised in BARS.items():
+    nothing = (math.nan,) * 3
+    for i, dtype in enumerate(DTYPES):
+        found = {key[1:]: x for key, x in results.items() if key[0] == dtype}
         lines = []
-        for phase, other, bar in promised:
-            what, ours = f"{other} / ours, 2048 rows", get(2048, "ours", phase)
-            value = get(2048, other, phase)[0] / ours[0]
+        for phase, other, *bars in BARS:
+            what, ours = f"{other} / ours, 2048 rows", found.get((2048, "ours", phase), nothing)
+            value = found.get((2048, other, phase), nothing)[0] / ours[0]
             if other == "copy":
                 what = "share of the copy, worse of 2048 and 8192 rows"
-                value = min(ours[1], get(8192, "ours", phase)[1])
-            lines.append((f"{phase}: {what}", value, bar))
+                value = min(ours[1], found.get((8192, "ours", phase), nothing)[1])
+            lines.append((f"{phase}: {what}", value, bars[i]))
         # Memory: 32 bytes a row in the forward, a gradient of the logits in the backward, 1 MB.
         for phase, a_row in (("forward", 32), ("backward", V * dtype.itemsize)):
-            left = min(N * a_row / 1e6 + 1 - get(N, "ours", phase)[2] for N in SIZES)
+            left = min(N * a_row / 1e6 + 1 - found.get((N, "ours", phase), nothing)[2]
+                       for N in SIZES)
             lines.append((f"{phase}: MB left of the memory allowed", left, 0))
         print()
         for what, value, bar in lines:
             verdict = "holds" if value >= bar else "MISSED"
-            verdict = verdict if value == value else "not measured"         # NaN
+            verdict = "not measured" if math.isnan(value) else verdict
             print(f"{str(dtype)[6:]:9s} {what:58s}{value:8.2f}   must be >= {bar:<5} {verdict}")
 
 
@@ -278,24 +275,24 @@ def policies(args, cfg):
     file = Path(__file__).with_name("policies.py")
     for name in filter(None, args.policies.split(",")):
         kinds[name] = agrpo.import_file(f"{file}:{name}", "--policies")
-    made = {}
+    made, shared = {}, {id(p): p for p in model.parameters()}               # not copied
     for name, kind in kinds.items():
-        shared = {id(p): p for p in model.parameters()}                     # not copied
         try:
-            policy = kind(copy.deepcopy(model, shared), tokenizer, MASK, cfg.device)
+            own = copy.deepcopy(model, dict(shared))
+            policy = made[name] = kind(own, tokenizer, MASK, cfg.device)
         except agrpo.UserError as e:
             print(f"{name} is left out: {e}")
             continue
         agrpo.add_adapters(policy, cfg)
         policy.eos_id, policy.fill_ids = -1, {-1}                           # nothing ends early
-        made[name] = policy
     return made
 
 
 def bench_update(args, cfg):
     everyone = policies(args, cfg)
-    weights = everyone["Policy"].model.get_input_embeddings().weight
-    size = sum(p.numel() for p in everyone["Policy"].model.parameters() if not p.requires_grad)
+    model = everyone["Policy"].model
+    size = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    weights = model.get_input_embeddings().weight
     where = f"cpu ({torch.get_num_threads()} threads)"
     if weights.is_cuda:
         where = torch.cuda.get_device_name()
@@ -364,6 +361,7 @@ def print_updates(runs):
 # A model of an H100: bytes and FLOPs a second that large operators reach. Assumed.
 BANDWIDTH = 3.0e12
 PEAK = {2: 600e12, 4: 50e12}                            # by bytes a number; no TF32
+FREE = (torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default)
 
 
 class Count(TorchDispatchMode):
@@ -375,7 +373,7 @@ class Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        if op.namespace != "aten" or op.is_view or op in VIEWS:
+        if op.namespace != "aten" or op.is_view or op in FREE:
             return out
         if op == torch.ops.aten.embedding.default:
             args = (out, *args[1:])                     # it reads a few rows of the table
@@ -391,9 +389,6 @@ class Count(TorchDispatchMode):
         return out
 
 
-VIEWS = (torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default)
-
-
 def bench_count(args, cfg):
     from torch._subclasses.fake_tensor import FakeTensorMode
     shape = "llada-8b" if args.shape == "small" else args.shape
@@ -404,14 +399,9 @@ def bench_count(args, cfg):
           f"{PEAK[4] / 1e12:.0f} in float32\n\n{'':61s}{'GB':>6s}{'TFLOP 16 bit':>14s}"
           f"{'float32':>9s}{'ms':>6s}")
     kinds = ("no adapters", "float32 adapters", "the same under bf16 autocast")
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):
         # Tensors on "meta" have no autocast. These have no memory either, but a device.
-        for module in policy.model.modules():
-            for name, p in list(module.named_parameters(recurse=False)):
-                fake = torch.empty(p.shape, dtype=p.dtype)
-                setattr(module, name, torch.nn.Parameter(fake, p.requires_grad))
-            for name, b in list(module.named_buffers(recurse=False)):
-                setattr(module, name, torch.empty(b.shape, dtype=b.dtype))
+        policy.model.to_empty(device="cpu")
         # Without adapters there is nothing to differentiate.
         for what, rows, names in (("rollout step, 16 rows", 16, kinds),
                                   ("loss pass, 4 rows", 4, kinds[1:])):
@@ -428,14 +418,12 @@ def count_pass(policy, rows, name, backward, L=584, W=3):
     for module in policy.model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = not autocast      # on as peft leaves it
-    policy.autocast = contextlib.nullcontext
-    if autocast:
-        policy.autocast = partial(agrpo.Policy.autocast, policy)
     ids, mask = torch.zeros(2, rows, L, dtype=torch.int64).unbind()
     policy.positions = torch.zeros(rows, W, dtype=torch.int64)
-    context = policy.reference() if name == "no adapters" else contextlib.nullcontext()
-    with torch.set_grad_enabled(backward), context, Count() as count:
-        with policy.autocast():
+    nothing = contextlib.nullcontext()
+    adapters = policy.reference() if name == "no adapters" else nothing
+    with torch.set_grad_enabled(backward), adapters, Count() as count:
+        with policy.autocast() if autocast else nothing:
             logits = policy.model(input_ids=ids, attention_mask=mask).logits
         if backward:
             logits.sum().backward()

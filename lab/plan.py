@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HUB_CACHE
 
 import agrpo
 import tasks
@@ -105,19 +107,18 @@ def shape_of(config):
 
 def read_config(cfg):
     """The model's config as a dict, and where it is from. Raises UserError."""
-    folder, path = agrpo.local_folder(cfg.model), None
+    folder = agrpo.local_folder(cfg.model)
+    path = folder and folder / "config.json"
     if folder is None:
-        from huggingface_hub import try_to_load_from_cache
         path = try_to_load_from_cache(cfg.model, "config.json", revision=cfg.revision or None)
-    if not isinstance(path, str) and folder is None:
-        known = [c for name, c in DIMENSIONS.items() if cfg.model.startswith(name)]
-        if known:
-            return known[0], "dimensions known here"
+    if not isinstance(path, (str, Path)):                       # not in the cache
+        for name, config in DIMENSIONS.items():
+            if cfg.model.startswith(name):
+                return config, "dimensions known here"
         raise agrpo.UserError(f"--model {cfg.model}: its dimensions are not known here; "
                               "give a folder with its config.json")
-    path = Path(path or folder / "config.json")
     try:
-        return json.loads(path.read_text()), str(path)
+        return json.loads(Path(path).read_text()), str(path)
     except (OSError, ValueError) as e:
         raise agrpo.UserError(f"{path} cannot be read as JSON ({e}): fetch it again") from e
 
@@ -222,18 +223,15 @@ def speed(cfg, shape):
     return 2 * a.shape[0] * b.numel() / best
 
 
-def in_units(n, units):
-    """12.3 of the largest unit that n is a few of; units {name: size}, the largest first."""
-    name, size = next((unit for unit in units.items() if n >= unit[1]), list(units.items())[-1])
-    return f"{n / size:,.1f} {name}"
+MEMORY = dict(GB=1e9, MB=1e6)
+WORK = dict(PFLOP=1e15, TFLOP=1e12, GFLOP=1e9)
+TIME = dict(hours=3600, minutes=60, seconds=1)
 
 
-def size(n):
-    return in_units(n, {"GB": 1e9, "MB": 1e6})
-
-
-def span(seconds):
-    return in_units(seconds, dict(hours=3600, minutes=60, seconds=1))
+def amount(n, units=MEMORY):
+    """12.3 of the largest unit that n is a few of."""
+    name = next((name for name, size in units.items() if n >= size), list(units)[-1])
+    return f"{n / units[name]:,.1f} {name}"
 
 
 def report(cfg, shape, source):
@@ -241,48 +239,50 @@ def report(cfg, shape, source):
     prompt, known = longest_prompt(cfg)
     base, head, trained = weight_bytes(cfg, shape)
     peak, gpu, L = phases(cfg, shape, prompt), cfg.device != "cpu", prompt + cfg.C
-    lora, layers = lora_size(cfg, shape) / 1e6, shape.layers * len(shape.adapted)
     yield f"{cfg.task} on {cfg.model} ({source})"
-    yield (f"weights     {shape.parameters / 1e6:,.1f} M parameters"
-           + (f": {size(base)} in {cfg.dtype}" if cfg.lora_r else ", all trained")
-           + f", the head once more in float32 {size(head)}" * (head > 0))
-    yield (f"trained     {size(trained)} with gradients and Adam's moments"
-           + f": LoRA, {lora:,.1f} M on {layers} layers" * (cfg.lora_r > 0))
+    weights = f": {amount(base)} in {cfg.dtype}" if cfg.lora_r else ", all trained"
+    if head:
+        weights += f", the head once more in float32 {amount(head)}"
+    yield f"weights     {shape.parameters / 1e6:,.1f} M parameters{weights}"
+    adapters = ""
+    if cfg.lora_r:
+        adapters = (f": LoRA, {lora_size(cfg, shape) / 1e6:,.1f} M on "
+                    f"{shape.layers * len(shape.adapted)} layers")
+    yield f"trained     {amount(trained)} with gradients and Adam's moments{adapters}"
     how = "recomputed" if cfg.recompute else "kept (--recompute saves most of it)"
-    yield (f"learning    {size(peak['learn'])}: {cfg.micro_batch} rows of {prompt} + {cfg.C} "
+    yield (f"learning    {amount(peak['learn'])}: {cfg.micro_batch} rows of {prompt} + {cfg.C} "
            f"tokens, activations {how}")
     yield f"            (prompts of {prompt} tokens: {known})"
-    yield (f"writing     {size(peak['write'])}, evaluating {size(peak['evaluate'])}: "
+    yield (f"writing     {amount(peak['write'])}, evaluating {amount(peak['evaluate'])}: "
            f"{cfg.rollout_batch} rows at a time")
     need = base + head + trained + max(peak.values()) + (0 if gpu else PYTHON)
     have = torch.cuda.get_device_properties(cfg.device).total_memory if gpu else free_memory()
     verdict = "it fits" if need < 0.95 * have else "TOO LITTLE"
     where = "on the GPU" if gpu else "free, no GPU"
-    yield f"memory      {size(need)} at the peak; here: {size(have)} {where}: {verdict}"
+    yield f"memory      {amount(need)} at the peak; here: {amount(have)} {where}: {verdict}"
     # Measured: it reuses large pieces badly. A fixed threshold gives each back to the system.
     if not gpu and max(peak.values()) > 0.4e9:
-        yield "            (its heap may hold 2 - 3 times it; MALLOC_MMAP_THRESHOLD_=65536 set"
-        yield "            in the environment holds it to the sum, at 1.7 times the time)"
+        yield "            (the heap may hold 2 - 3 times that; MALLOC_MMAP_THRESHOLD_=65536 in"
+        yield "            the environment holds it to the sum, at 1.7 times the time)"
 
     rows, (write, learn) = cfg.questions * cfg.G, work(cfg, shape, prompt)
     pairs = cfg.mu * rows * min(cfg.k, cfg.m)
-    flops = dict(PFLOP=1e15, TFLOP=1e12, GFLOP=1e9)
     yield (f"an update   {rows} rollouts: {rows * cfg.m * L:,} tokens through the model to "
            f"write, at most {pairs * L:,} to learn")
-    yield f"            {in_units(write, flops)} + {in_units(learn, flops)}"
+    yield f"            {amount(write, WORK)} + {amount(learn, WORK)}"
     for name, rate in (("time here", speed(cfg, shape)), ("on an H100", H100)):
         seconds = (write + learn) / rate
         if name == "time here" or seconds > 1:                  # below, overheads decide
-            yield (f"{name:<12}{span(seconds)} an update, {span(seconds * cfg.updates)} for "
-                   f"{cfg.updates}, at {rate / 1e12:,.2f} TFLOP/s")
+            yield (f"{name:<12}{amount(seconds, TIME)} an update, "
+                   f"{amount(seconds * cfg.updates, TIME)} for {cfg.updates}, at "
+                   f"{rate / 1e12:,.2f} TFLOP/s")
 
-    from huggingface_hub.constants import HF_HUB_CACHE
     # A checkpoint holds what is trained and Adam's two, without the gradients.
+    disk = f"{amount(trained * 12 / 16)} for a checkpoint"
+    if agrpo.local_folder(cfg.model) is None:
+        disk += f", {amount(2 * shape.parameters)} for the model unless it is there"
     there = next(p for p in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if p.exists())
-    download = f", {size(2 * shape.parameters)} for the model unless it is there"
-    yield (f"disk        {size(trained * 12 / 16)} for a checkpoint"
-           + download * (agrpo.local_folder(cfg.model) is None)
-           + f"; {size(shutil.disk_usage(there).free)} free")
+    yield f"disk        {disk}; {amount(shutil.disk_usage(there).free)} free"
 
 
 def parse(argv):

@@ -18,9 +18,10 @@ the policy it was trained with. The masked text after the block is frozen, not d
 it takes LLaDA's GSM8K from 79 to 34 % (others' measurement). Blocks are counted from where the
 answer begins, as dLLM's bd3lm sampler does; LLaDA2 and SDAR count from the text's start.
 
-They read code like LLaDA's, whose blocks take a past, and models that take a mask of four
-dimensions and either put their attention through transformers' interface (Qwen3, Llama, A2D) or
-hand a cache on to it (Dream, LLaDA2).
+Read are LLaDA's code, whose blocks take a past, and models that take a mask of four dimensions
+and either put their attention through transformers' interface (Qwen3, Llama, A2D) or hand it a
+cache (Dream, LLaDA2). Any other is refused: LLaDA-MoE takes no cache; in train mode SDAR's and
+Fast-dLLM v2's attention is another function.
 """
 from functools import partial
 
@@ -32,7 +33,10 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from agrpo import HALF, Block, Policy, UserError, first_line
 
+# Printed when such a policy is chosen.
 CHECK = "evaluate with and without it before training, and a trained model with it"
+LENGTH = ("give the --block_length that the model was trained with; one that was trained "
+          "otherwise is another policy then: " + CHECK)
 
 
 class Seeing(Policy):
@@ -40,16 +44,17 @@ class Seeing(Policy):
 
     def __init__(self, model, tokenizer, mask_id, device="cpu"):
         super().__init__(model, tokenizer, mask_id, device)
+        # The model without its head. Adapters will stand in it.
+        self.inner = getattr(model, "model", None)
         self.start = 0                 # where in the text the tokens being read begin
         # Not by model_type: LLaDA-MoE's is LLaDA's, its code is not.
-        self.like_llada = hasattr(getattr(model, "model", None), "transformer")
+        self.like_llada = hasattr(self.inner, "transformer")
         if self.like_llada:
             # LLaDA's RoPE takes the last n keys for the n queries, which holds for no suffix.
-            for layer in model.model.transformer.blocks:
+            for layer in self.inner.transformer.blocks:
                 layer.rotary_emb.forward = partial(rotate, self, layer.rotary_emb)
         else:
             model.config._attn_implementation = "kept"          # `attention`, below
-            self.way = how_to_keep(self)
         must_fit(self)
 
     def visible(self, mask, block):
@@ -68,15 +73,14 @@ class Seeing(Policy):
         ids (N, n), visible (N, 1, n, K); around: per layer keys and values (N, heads, K - n, d)
         of the other tokens seen. Returns hidden states (N, n, d), and the n's keys and values.
         """
-        # Past peft's wrapper; its LoRA layers stand in the model itself.
-        base = getattr(self.model, "get_base_model", lambda: self.model)()
         self.start = start
         with self.autocast():
             if self.like_llada:
-                return read_llada(base.model, ids, visible, around)
-            kept, where = Kept(around), torch.arange(start, start + ids.shape[1])
-            out = base.model(input_ids=ids, attention_mask=visible, use_cache=False,
-                             position_ids=where[None].to(ids.device), **{self.way: kept})
+                return read_llada(self.inner, ids, visible, around)
+            kept = Kept(around)
+            where = torch.arange(start, start + ids.shape[1], device=ids.device)
+            out = self.inner(input_ids=ids, attention_mask=visible, position_ids=where[None],
+                             use_cache=False, **{self.way: kept})
         return out.last_hidden_state, [kept.own[layer] for layer in sorted(kept.own)]
 
     def predict(self, hidden, positions):
@@ -92,9 +96,7 @@ class BlockCausal(Seeing):
     log pi is off by 0.2 to 0.8 nats a token (measured), in silence.
     """
     block_causal = True
-    note = ("a token sees its own block and those before it, for models trained so: give the "
-            "--block_length they were trained with. Any other model is another policy then: "
-            + CHECK)
+    note = "a token sees its own block and those before it: " + LENGTH
 
     def visible(self, mask, block):
         """As before, and the key's block is no later than the query's."""
@@ -107,8 +109,8 @@ class BlockCausal(Seeing):
         return super().visible(mask, block) & no_later | itself
 
     def __call__(self, ids, mask, positions, block):
-        """ids, mask (N, L), positions (N, W) -> logits (N, W, V). Reads nothing after block."""
-        # Nothing in the block or before it sees what comes after, so it need not be read.
+        """ids, mask (N, L), positions (N, W) -> logits (N, W, V)."""
+        # Nothing in the block or before it sees what comes after, so that is not read.
         ids, mask = ids[:, :block.end], mask[:, :block.end]
         hidden, _ = self.read(ids, self.visible(mask, block))
         return self.predict(hidden, positions)
@@ -122,9 +124,9 @@ class FrozenContext(Seeing):
     the text around does not see what has been written into the block. In the loss both passes
     have gradients.
     """
-    note = ("the text around a block is read once, with the block masked: the exact gradient of"
-            " a policy that is not the plain one, and 0.5 MB a token of keys and values at"
-            " 8B, so --rollout_batch 32 or less: " + CHECK)
+    note = ("the text around a block is read once, with the block masked: another policy than "
+            "the plain one; keys and values are 0.5 MB a token at 8B, so --rollout_batch 32 or "
+            "less: " + CHECK)
 
     def __call__(self, ids, mask, positions, block):
         """ids, mask (N, L), positions (N, W) in the block -> logits (N, W, V)."""
@@ -164,9 +166,8 @@ class FrozenBlockCausal(FrozenContext, BlockCausal):
     """BlockCausal with keys and values of the earlier blocks kept: they never see the block, so
     nothing is approximate. The passes of FrozenContext, the mask of BlockCausal.
     """
-    note = ("as BlockCausal, with keys and values of earlier blocks kept, which changes only "
-            "the time, and 0.5 MB a token at 8B: give the --block_length that the model was "
-            "trained with. One trained otherwise is another policy then: " + CHECK)
+    note = ("as BlockCausal, keys and values of earlier blocks kept, 0.5 MB a token at 8B, "
+            "so --rollout_batch 32 or less: " + LENGTH)
 
 
 @torch.no_grad()
@@ -177,7 +178,7 @@ def must_fit(policy):
     policy must not see the block from before it, and FrozenBlockCausal must equal BlockCausal.
     Raises UserError.
     """
-    name, causal = type(policy).__name__, partial(BlockCausal.__call__, policy)
+    name, causal = f"--policy {type(policy).__name__}", partial(BlockCausal.__call__, policy)
     # Three blocks of four: written, all masked, and what comes after.
     ids = torch.arange(12, device=policy.device)[None] % 7 + 5
     ids[:, 4:8] = policy.mask_id
@@ -186,22 +187,21 @@ def must_fit(policy):
     other, before = ids.clone(), at[:, :2] - 2
     other[:, 7] = policy.eos_id
     try:
+        find_way(policy)
         found = policy(ids, mask, at, Block(4, 8, {}))
         if policy.block_causal:
-            same = [(found, causal(ids, mask, at, Block(4, 8, {}))),
-                    [causal(x, mask, before, Block(4, 8, {})) for x in (ids, other)]]
+            pairs = [(found, causal(ids, mask, at, Block(4, 8, {}))),
+                     [causal(x, mask, before, Block(4, 8, {})) for x in (ids, other)]]
         else:
-            same = [(found, Policy.logits(policy, ids, mask, at))]
+            pairs = [(found, Policy.logits(policy, ids, mask, at))]
     except Exception as e:             # a model's own code may raise anything
-        raise UserError(f"--policy {name} cannot read this model ({type(e).__name__}: "
-                        f"{first_line(e)}); it reads LLaDA's, Dream's and LLaDA2's code and "
-                        "attention by transformers' interface") from e
-    for a, b in same:
-        gap = ((a - b).abs().max() / b.abs().max()).item()
-        if not gap < (0.05 if policy.dtype in HALF else 1e-3):
-            raise UserError(f"--policy {name} reads this model wrongly: logits that must be "
-                            f"equal differ by {gap:.0e} of the largest; leave it out or choose "
-                            "another")
+        raise UserError(f"{name} cannot read this model ({type(e).__name__}: {first_line(e)}); "
+                        "it reads LLaDA's, Dream's and LLaDA2's code and attention by "
+                        "transformers' interface") from e
+    gap = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+    if not gap < (0.05 if policy.dtype in HALF else 1e-3):
+        raise UserError(f"{name} reads this model wrongly: logits that must be equal differ by "
+                        f"{gap:.0e} of the largest; leave it out or choose another")
 
 
 # --- how a part of the text is read -----------------------------------------------------------
@@ -238,20 +238,19 @@ AttentionInterface.register("kept", attention)
 AttentionMaskInterface.register("kept", sdpa_mask)
 
 
-@torch.no_grad()
-def how_to_keep(policy):
-    """The argument by which the model hands a Kept to its attention.
+def find_way(policy):
+    """Set policy.way, the argument by which the model hands a Kept to its attention.
 
     Not as its past where there is another way: transformers drops a past where activations are
     recomputed. Code that does not know `kept` refuses it or keeps nothing.
     """
-    policy.way = "kept"
-    ids = torch.full((1, 2), policy.eos_id, device=policy.device)
+    policy.way, two = "kept", torch.full((1, 2), policy.eos_id, device=policy.device)
     try:
-        _, kv = policy.read(ids, torch.ones(1, 1, 2, 2, dtype=torch.bool, device=ids.device))
+        _, kv = policy.read(two, Seeing.visible(policy, torch.ones_like(two), None))
     except TypeError:
         kv = []
-    return "kept" if kv else "past_key_values"
+    if not kv:
+        policy.way = "past_key_values"
 
 
 def read_llada(inner, ids, visible, around=None):
@@ -267,14 +266,12 @@ def read_llada(inner, ids, visible, around=None):
         bias = bias.masked_fill(~visible, torch.finfo(bias.dtype).min)
         # A block wants a row for every key and takes the last n.
         bias = pad(bias, (0, 0, K - n, 0))
-    again = None
-    if inner.activation_checkpointing_strategy:
-        again = inner._activation_checkpoint_fn                 # LLaDA's way to recompute
     x, kv = inner.transformer.emb_drop(inner.transformer.wte(ids)), []
     for i, layer in enumerate(inner.transformer.blocks):
-        call = partial(again, layer) if again else layer
         past = around[i] if around else None
-        x, (k, v) = call(x, attention_bias=bias, layer_past=past, use_cache=True)
+        if inner.activation_checkpointing_strategy:             # LLaDA's way to recompute
+            layer = partial(inner._activation_checkpoint_fn, layer)
+        x, (k, v) = layer(x, attention_bias=bias, layer_past=past, use_cache=True)
         kv.append((k[:, :, K - n:], v[:, :, K - n:]))           # without the past
     return inner.transformer.ln_f(x), kv
 

@@ -1,4 +1,4 @@
-"""Doubles of the code that comes with LLaDA, Dream, LLaDA2, SDAR and dLLM's A2D-Qwen3.
+"""Doubles of the code that comes with LLaDA, Dream, LLaDA2, Fast-dLLM and dLLM's A2D-Qwen3.
 
 The names and the quirks that a caller meets, a few thousand weights. The checkpoints that the
 tests write carry this file as their modeling.py.
@@ -267,5 +267,23 @@ class A2DQwen3LMHeadModel(transformers.Qwen3ForCausalLM):
         self.post_init()
 
 
-class SDARForCausalLM(A2DQwen3LMHeadModel):
+# --- Block diffusion, known by the name of its class ------------------------------------------
+
+class LLaDA2MoeModelLM(A2DQwen3LMHeadModel):
     pass
+
+
+class Fast_dLLM_QwenModel(A2DQwen3Model):
+    """As Fast-dLLM v2's and SDAR's: in train mode another function, for their own training."""
+
+    def forward(self, *args, labels=None, **more):
+        if self.training:
+            return labels.shape
+        return super().forward(*args, **more)
+
+
+class Fast_dLLM_QwenForCausalLM(A2DQwen3LMHeadModel):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = Fast_dLLM_QwenModel(config)
+        self.post_init()

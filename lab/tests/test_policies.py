@@ -8,7 +8,8 @@ import itertools
 
 import pytest
 import torch
-from conftest import ROOT, add_gradient, each, main, policy_of, prompts, read, shelf, trained
+from conftest import (ROOT, add_gradient, checkpoint, each, main, policy_of, prompts, read,
+                      shelf, trained)
 
 import agrpo
 import tasks
@@ -234,6 +235,13 @@ def test_the_limits_are_said_and_a_model_that_cannot_be_read_so_is_refused(name)
     assert policy.block_causal == (name != "FrozenContext")
     with pytest.raises(agrpo.UserError, match=f"{name} cannot read this model"):
         seeing(name, "base")
+
+
+def test_a_model_that_is_another_function_in_train_mode_is_refused(tmp_path):
+    """Whatever its code raises then: a sentence."""
+    fast = checkpoint(tmp_path, "a2d", architectures=["Fast_dLLM_QwenForCausalLM"])
+    with pytest.raises(agrpo.UserError, match="cannot read this model .AttributeError"):
+        policy_of(fast, "--policy", f"{FILE}:BlockCausal")
 
 
 @pytest.mark.parametrize(
