@@ -216,7 +216,9 @@ SPELLINGS = {"×": "*", "·": "*", "⋅": "*", r"\times": "*", r"\cdot": "*", "�
 
 
 def unwrap(text):
-    r"""Without a full stop, dollars, \( \) and the one \boxed{} around all of it."""
+    r"""In one spelling, without a full stop, dollars, \( \) and one \boxed{} around it all."""
+    for spelling, symbol in SPELLINGS.items():
+        text = text.replace(spelling, symbol)
     text = re.sub(r"\\[()\[\]]", "$", text)
     dollars, box = (r"(\${0,2})", r"\1"), (r"(\\boxed ?\{)?", r"(?(1)\})")
     for start, end in (dollars, box, dollars):
@@ -230,8 +232,6 @@ def calculate(text):
 
     Python only parses. Raises ZeroDivisionError; SyntaxError and the like for any other text.
     """
-    for spelling, symbol in SPELLINGS.items():
-        text = text.replace(spelling, symbol)
     text = re.sub(r"(?<=[0-9)])\s*\(", "*(", text)       # 7(9 - 4) is 7 * (9 - 4)
     text = re.sub(r"(?<![0-9])0+(?=[0-9])", "", text)    # Python refuses 017
     if not re.fullmatch(r"[-+*/() 0-9]+", text):
@@ -383,11 +383,12 @@ def question_prompt(example):
                 example["question"])
 
 
-# What a box may not touch, or it is a part only: -\boxed{18}, \boxed{9}^2, 9 + \boxed{9}
+# What a box may not touch, or it is a part only: -\boxed{18}, \boxed{9}^2, \boxed{9},000
 COMMAND = r"\\(?:times|cdot|div|frac|sqrt|pm)"
-BEFORE = re.compile(rf"(?:[-+−*/^×÷·0-9]|{COMMAND}\{{?)(?:\\?\$|\\[(\[]|[ \t])*\Z")
+BEFORE = re.compile(rf"(?:[-+−*/^×÷·0-9]|{COMMAND}\{{?)(?:\\?\$|\\[(\[]|[ \t])*\Z"
+                    r"|[0-9](?:[.,]|\{,\})\Z")
 AFTER = re.compile(rf"(?:\\?\$|\\[)\]]|[ \t}})\]])*"
-                   rf"(?:[-+−*/×÷·]\s*[\\({{0-9]|[!^_0-9]|{COMMAND})")
+                   rf"(?:[-+−*/×÷·]\s*[\\({{0-9]|[!^_0-9]|{COMMAND})|(?:[.,]|\{{,\}})[0-9]")
 
 
 def boxed_answer(found):
@@ -407,21 +408,22 @@ def boxed_answer(found):
     return None if wrong else content
 
 
-# Words that change a number, plurals and short forms included; and words that join two.
-SCALES = set("""k thou thousand mil mln mn million bil bn billion tril tn trillion grand hundred
-    dozen score gross half halve third quarter fourth fifth sixth eighth tenth hundredth
-    thousandth millionth squared cubed factorial double twice triple negative""".split())
+# Words that change a number, plurals too: other letters than these units and words, scales and
+# their short forms, parts. And words that join two numbers.
+SCALE = re.compile(r"""[^mgshlLaI] | (?i: (?:
+    k | thou | ten | hundred | lakh | crore | mil | mln | mn | bil | bn | tril | trn | myriad
+    | grand | doz | dozen | score | gross | \w*thousand | \w*illion
+    | half | halve | third | quarter | squared | cubed | factorial | double | twice | triple
+    | negative
+    | (?: four | fif | six | seven | eigh | nin | ten | eleven | twelf | hundred
+        | \w*teen | \w*tie | \w*thousand | \w*illion ) th) s* )""", re.VERBOSE)
 JOINS = set("or and not to plus minus over".split())
 
 
 def changes_value(words, joins=True):
-    """Is one of these words more than a unit? Of single letters, m, g, s, h and l are units."""
-    for word in re.findall("[A-Za-z]+", words):
-        if {word.lower(), word.lower().rstrip("s")} & SCALES or joins and word.lower() in JOINS:
-            return True
-        if len(word) == 1 and word not in "mgshlLaI":
-            return True
-    return False
+    """Is one of these words more than a unit?"""
+    return any(SCALE.fullmatch(word) or joins and word.lower() in JOINS
+               for word in re.findall("[A-Za-z]+", words))
 
 
 INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
@@ -439,6 +441,7 @@ def to_number(text):
     # LaTeX to plain text: separators of thousands, fractions, words, dollars and spaces.
     text = text.replace("{,}", ",").replace("−", "-")
     text = re.sub(r"(?<=[0-9]),?\\[,!](?=[0-9]{3})", ",", text)       # 385\,000 and 10,\!080
+    text = re.sub(r"(?<=[0-9}])~", " ", text)                         # 18~\text{cm}; not ~18
     text = re.sub(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}", r" \1/\2 ", text)
     text = re.sub(r"\\(?:text|mathrm)\s*\{([A-Za-z0-9/.,\s]*)\}", r" \1", text)
     text = re.sub(r"\\[,;:! ]|\\?[$%]|\\[()\[\]]|\^\{?\\circ\}?", " ", text)
@@ -645,10 +648,10 @@ def rows_of(split, file, hub):
     source, file = f"--{split}_file {file}", Path(file).expanduser()
     logging.getLogger("datasets").setLevel(logging.CRITICAL)    # our sentence says it
     with one_sentence(f"{source} cannot be read as .jsonl, .csv or .parquet"):
-        kind = file.suffix[1:].replace("jsonl", "json")
+        kind = file.suffix[1:].lower().replace("jsonl", "json")
         if kind not in ("json", "csv", "parquet"):
             raise ValueError(f"its name ends in {file.suffix or 'nothing'}")
-        if kind == "json" and file.read_bytes().lstrip()[:1] == b"[":
+        if kind == "json" and file.read_bytes().lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
             raise ValueError("line 1 is an array, write one object a line")
         # All columns of a CSV stay text, or 0302 would become 302.
         text = {"keep_default_na": False, "converters": dict.fromkeys(range(100), str)}

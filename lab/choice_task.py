@@ -32,10 +32,11 @@ def letter_of(answer, choices):
     if match is None or match[1].upper() not in string.ascii_uppercase[:len(choices)]:
         return None
     letter, words = match[1].upper(), (match[2] or "").strip(" .").casefold()
-    chosen = string.ascii_uppercase.index(letter)
-    others = [choice.strip(" .").casefold() for i, choice in enumerate(choices) if i != chosen]
-    contradicts = words in others or re.search(r"\b(?:or|and|not) \(?[a-z]\b", words)
-    return None if contradicts else letter
+    stated = [choice.strip(" .").casefold() for choice in choices]
+    own = stated.pop(string.ascii_uppercase.index(letter))
+    # "B. or A", "B. A" and "B. here" say two things, unless that is what choice B says.
+    another = re.search(r"(?:^|\b(?:or|and|not) )\(?[a-z]\)?$", words)
+    return None if words != own and (words in stated or another) else letter
 
 
 def grade(text, example):

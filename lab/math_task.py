@@ -61,6 +61,7 @@ LAYOUT = (("−", "-"), ("≤", r"\\le "), ("≥", r"\\ge "), ("∞", r"\\infty 
           (r">=|\\(?:geq|geqslant)(?![A-Za-z])", r"\\ge "),
           (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"),
           (r"(?<=[0-9A-Fa-f])_\{([0-9]+)\}", r"_\1"), (r"\s+", " "), (r"^ | ?\.? ?$", ""),
+          (r"^\\text\{([-0-9.,/]+)\}$", r"\1"),
           # "1 2" is not 12, "a or b" not aorb; all other white space goes
           (r"(?<![0-9A-Za-z,}]) | (?![0-9A-Za-z])", ""))
 
@@ -377,7 +378,8 @@ def read_math(row, split, options):
     question = row["problem"] if row.get("problem") is not None else row["question"]
     solution = row.get("solution") or ""
     boxed = re.search(r"\\(boxed|fbox)", solution)
-    gold = math_gold(solution if boxed else str(row.get("answer") or ""))
+    answer = "" if row.get("answer") is None else str(row["answer"])      # 0 is an answer
+    gold = math_gold(solution if boxed else answer)
     return {"question": question.strip(), "answer": gold} if gold else None
 
 

@@ -148,7 +148,7 @@ COUNTDOWN_RIGHT = r"""
 17 18 5 = 67 ~ 017 * 5 - 18 = 067 | $\boxed{17*5-18=67}$
 8 4 2 = 4 ~ 8 ÷ 4 * 2 | 8 \div 4 \cdot 2 | 8/4(2) ;; 8 4 2 = 1 ~ 8 / (4 * 2)
 9 2 3 = 4 ~ 9 - 2 - 3 ;; 8 3 3 = 8 ~ 8 / (3 / 3) ;; 3 3 7 7 = 24 ~ 7 * (3 + 3 / 7)
-5 8 = -3 ~ 5 - 8 = -3"""
+5 8 = -3 ~ 5 - 8 = -3 | 5 - 8 = −3 | 5 − 8 = –3"""
 
 
 def test_countdown_answers():
@@ -264,13 +264,16 @@ GSM8K_WRONG = r"""
 18 ~ \frac{36}{2}1 | 18 1/2 | 0x12 | １٨ | ١٨ | 36/2/1 | 18.. | 9 \times 2 | 18 17 dollars | nan
 18 ~ 18 \text{or} 17 | $ | . | -\boxed{18} | 17 \boxed{18} | \boxed{17}\boxed{18} | \boxed{18}^2
 18 ~ 9 + \boxed{9} | \sqrt\boxed{18} | \boxed{9} + 9 | 2 \times \boxed{18}
+18 ~ \boxed{18},000 | \boxed{18}{,}000 | \boxed{18}.5 | 1,\boxed{18} | 0.\boxed{18} | ~18 | 18 M
 1000 ~ 1,00 | 1.000 | 10,00 | 1 000 | 1, 000 ;; 1819 ~ 18,19 ;; 5 ~ 5m | 5K"""
-SCALED = ("thousand thousands k K M bn mln million dozen dozens halves thirds hundredths score "
-          "plus squared").split() + ["or so", "and a half"]
+SCALED = ("thousand thousands k K M bn mln trn million quadrillion dozen dozens doz tens lakhs "
+          "crore halves thirds sevenths twelfths twentieths hundredths score plus squared"
+          ).split() + ["or so", "and a half"]
 GSM8K_RIGHT = r"""
 18 ~ 18 | 18. | $18 | 18 dollars | \frac{36}{2} | 18.0 | 18.00 | +18 | 18% | 18\% | $18.00 | 018
 18 ~ 18 dollars. | 36 / 2 | \dfrac{36}{2} | \$18 | $18$ | 18km | 18 \text{ dollars} | 18 kg/week
 18 ~ 18\text{ hours} | \(18\) | 18 miles per hour | 18 square feet | 18^\circ | 18 m
+18 ~ 18~\text{cm} | 18 months | 18 paths | 18 tents | 18 ms
 18 ~ 18 halfpennies ;; 0 ~ -0 ;; 0.5 ~ 1/2 | .5 ;; 12.5 ~ \frac{25}{2} ;; 1,234,567 ~ 1234567
 1000 ~ 1,000 | 1{,}000 | 1\,000 | 1,\!000 | \$1,000 | 1000 | $1,000.00 | 1,000 dollars | 2,000/2
 -18 ~ -18 | −18 | -$18 | $-18 | -\frac{36}{2} ;; 3 x 6 = <<3*6=18>>18 #### 18 ~ 18"""
@@ -331,7 +334,7 @@ x \in (-\infty,1)\cup(2,\infty) ~ x<1 \text{ or } x > 2
 15\mbox{ cm}^2 ~ 15 ;; 5 ~ x=5 | 5 \text{ cm} | 5 cm | 5.
 \$32,\!348 ~ 32348 ;; 1000 ~ 1,000 | 1{,}000
 120^\circ ~ 120 ;; \frac{270}7\text{ degrees} ~ \frac{270}{7} ;; \text{even} ~ even
-9 ~ \text{The answer is } 9
+9 ~ \text{The answer is } 9 ;; 5 ~ \text{5} ;; -0.5 ~ \text{-1/2}
 # equations, bases, values
 x+y=9 ~ 9 = x + y | 2x+2y=18 ;; y = 2x + 3 ~ 2x - y + 3 = 0 ;; x=5 ~ x = 5 ;; 101_{2} ~ 101_2
 5\sqrt{2} ~ \sqrt{50} ;; \frac{1}{2} ~ 0.5 ;; 0.5 ~ \frac12 ;; 1\frac{4}{5} ~ 1.8
@@ -441,10 +444,13 @@ def test_a_missing_math_verify_is_an_error_and_not_a_wrong_answer(monkeypatch):
 def test_multiple_choice_takes_one_letter():
     right = ["B", "b", "(B)", "B.", " B\n", r"\boxed{B}", r"$\boxed{(b)}$", "B. there",
              "B) there", "B: word", r"\boxed{\text{B}}"]
-    wrong = ["A", "A or B", "there", "BB", "", "B. here", "B. or A", "C", "E", "1"]
+    wrong = ["A", "A or B", "there", "BB", "", "B. here", "B. or A", "C", "E", "1",
+             "B. A", "B: (a)", "B. A."]
     for answer in (*right, *wrong):
         got = grade("hellaswag", answer)
         assert (got.correct, got.reward) == ((True, 4) if answer in right else (False, 1))
+    letters = {"question": "Which?", "choices": ["b", "a"], "answer": "B"}
+    assert [grade("hellaswag", a, letters).correct for a in ("B. a", "B. b")] == [True, False]
 
 
 # --- Any text at all --------------------------------------------------------------------------
@@ -686,6 +692,8 @@ def test_math_trains_on_levels_1_to_4(tmp_path):
     assert [e["answer"] for e in train] == [r"\frac{1}{2}", "4", "3", r"\{2\}"]
     assert "3 rows left out" in train.source
     assert len(tasks.load("math", "train", file=file, max_level=5)) == 5
+    zero = write(tmp_path / "zero.jsonl", {"question": "1 - 1", "answer": 0})
+    assert list(tasks.load("math", "test", file=zero)) == [{"question": "1 - 1", "answer": "0"}]
 
 
 # --- Files and the hub ------------------------------------------------------------------------
@@ -701,7 +709,7 @@ ZEROS = "00" + SOLUTION[2:6] + "0000" + SOLUTION[10:]
      [{"puzzle": ZEROS, "solution": SOLUTION}]),
     ("sudoku", "s.jsonl", [{"Puzzle": int(ZEROS), "Solution": int(SOLUTION)}],
      [{"puzzle": ZEROS, "solution": SOLUTION}]),
-    ("gsm8k", "g.csv", ["question,answer", "007,1"], [{"question": "007", "answer": "1"}]),
+    ("gsm8k", "G.CSV", ["question,answer", "007,1"], [{"question": "007", "answer": "1"}]),
     ("gsm8k", "g.jsonl", [{"question": "a", "answer": 18}, {"question": "b", "answer": 27.0},
                           {"question": "c", "answer": "1 #### 1,000"}],
      [{"question": "a", "answer": "18"}, {"question": "b", "answer": "27"},
@@ -747,6 +755,7 @@ def test_a_bad_row_is_named_by_file_and_row(tmp_path, task, name, lines, where):
 
 @pytest.mark.parametrize("name, content", [
     ("binary.csv", b"Puzzle,Solution\n\xff\xfe,1\n"), ("binary.jsonl", b"\xff\xfe{}\n"),
+    ("mark.json", b'\xef\xbb\xbf [{"question": "q", "answer": 1}]'),    # an array as well
     ("empty.jsonl", b""), ("empty.csv", b""), ("notes.txt", b"hello"), ("bad.parquet", b"no"),
     ("array.json", b'[{"a": 1}]'), ("rows.jsonl", b"[1, 2]\n"), ("text.jsonl", b'"abc"\n'),
     ("broken.jsonl", b'{"a": 1}\n{\n'), ("deep.jsonl", b"[" * 100_000), ("no.jsonl", b"{}\n"),
