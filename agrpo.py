@@ -1242,7 +1242,8 @@ def find_task(name):
     the one that FILE.py:NAME names. Raises UserError."""
     file, _, wanted = name.partition(":")
     if not file.endswith(".py"):
-        return tasks.TASKS[name].name                           # or TASKS says what there is
+        tasks.TASKS[name]                                       # or TASKS says what there is
+        return name
     # Its own are those that were not there before, or were another one of that name.
     before = dict(tasks.TASKS)
     import_file(file, "--task")
@@ -1669,10 +1670,10 @@ def begin(cfg, policy, test):
 
     Raises UserError.
     """
-    # Another flag or another model in one process would be averaged into everyone's gradient.
     trained = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     optimizer = make_optimizer(cfg, trained.values())
     base_model, start = fingerprint(policy.model), time.time()
+    # Another flag or another model in one process would be averaged into everyone's gradient.
     must_agree(dict(flags(cfg), device="", model=base_model))
     state = load_checkpoint(Path(cfg.out, "checkpoint.pt"), cfg, base_model, trained, optimizer)
     must_agree(dict(out=state and state["update"]))

@@ -90,8 +90,9 @@ def bench_kernel(args, cfg):
         for phase, (us, p20, p80, mb) in measured.items():
             gbs = PASSES[phase] * N * V * dtype.itemsize / 1e3 / us
             results[dtype, N, name, phase] = us, gbs / copy_gbs, mb
-            print(f"{row}{phase:8s}{us:9.1f} {f'[{p20:.1f}, {p80:.1f}]':20s}{gbs:6.0f}"
-                  f"{gbs / copy_gbs:9.0%}{mb:10.2f}")
+            between = f"[{p20:.1f}, {p80:.1f}]"
+            print(f"{row} {phase:8s}{us:9.1f} {between:20s}{gbs:6.0f}{gbs / copy_gbs:9.0%}"
+                  f"{mb:10.2f}")
     print_bars(results)
 
 

@@ -107,12 +107,13 @@ def summarise(seeds, m, greedy):
     Seeds repeat the problems, so the interval is the one that n problems allow.
     """
     n, accuracies = len(seeds[0]), [mean(r["correct"] for r in records) for records in seeds]
-    low, high = agrpo.wilson(mean(accuracies) * n, n)
-    numbers = [dict(record["metrics"], reward=record["reward"]) for x in seeds for record in x]
-    means = {name: mean(x[name] for x in numbers) for name in ("reward", *numbers[0])}
+    accuracy = mean(accuracies)
+    low, high = agrpo.wilson(accuracy * n, n)
+    numbers = [{"reward": r["reward"], **r["metrics"]} for records in seeds for r in records]
+    means = {name: mean(x[name] for x in numbers) for name in numbers[0]}
     if len(seeds) > 1:
         means["sd over seeds"] = stdev(accuracies)
-    return dict(m=m, greedy=greedy, n=n, accuracy=mean(accuracies), low=low, high=high, **means)
+    return dict(m=m, greedy=greedy, n=n, accuracy=accuracy, low=low, high=high, **means)
 
 
 def run(cfg, seeds):

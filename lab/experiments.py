@@ -234,6 +234,11 @@ def last(run):
     return run and run["evals"][-1]["accuracy"]
 
 
+def before(runs):
+    """Mean accuracy before training: each seed has draws of its own, so a base of its own."""
+    return np.mean([run["evals"][0]["accuracy"] for run in runs if run])
+
+
 LEARNING = ("base", "trained", "then greedily", "updates", "passes", "s/update")
 
 
@@ -243,8 +248,7 @@ def learning_row(runs):
         return ["not run"] * len(LEARNING)
     updates, passes, seconds = (np.mean([evals[-1][x] for evals in there])
                                 for x in ("update", "passes", "seconds"))
-    base = np.mean([evals[0]["accuracy"] for evals in there])
-    return (f"{base:.1%}", spread([last(run) for run in runs]),
+    return (f"{before(runs):.1%}", spread([last(run) for run in runs]),
             spread([run and run["greedy"] for run in runs]), f"{updates:.0f}",
             f"{passes:,.0f}", f"{seconds / updates:.2f}")
 
@@ -573,8 +577,7 @@ def compare(lab):
         ends = {name: [last(run) for run in seeds] for name, seeds in runs.items()}
         for name in sorted(ends, key=lambda name: -np.mean(ends[name])):
             panels.setdefault(task, {})[name] = ends[name], np.mean(ends[name])
-            # Each seed has draws of its own, so a base of its own.
-            base[task] = np.mean([run["evals"][0]["accuracy"] for run in runs[name]])
+            base[task] = before(runs[name])
     if panels:
         draw = figures.dots(panels, "held-out accuracy   (dashed: before training)", "a seed",
                             "their mean", base)

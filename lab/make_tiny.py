@@ -124,14 +124,16 @@ def batches(task, tokenizer, batch, seed, options):
     examples = examples_of(task, seed, options, rng)
 
     @lru_cache(maxsize=1 << 18)                      # anew it would be a tenth of the time
-    def encode(text):
+    def encode(text, prompt=False):
+        if prompt:
+            text = tokenizer.apply_chat_template([{"role": "user", "content": text}],
+                                                 tokenize=False, add_generation_prompt=True)
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
     while True:
         rows = []
         for example in itertools.islice(examples, batch):
-            # What the chat template makes of a prompt.
-            q = encode(tasks.TASKS[task].prompt(example)[-1]["content"] + " [SEP]")
+            q = encode(tasks.TASKS[task].prompt(example)[-1]["content"], prompt=True)
             o = encode(answer(task, example, rng))
             rows.append(q + (o + [tokenizer.eos_token_id] * C)[:C])
         yield torch.tensor(rows), len(q)             # all prompts of a task are equally long

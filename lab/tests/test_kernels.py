@@ -6,6 +6,7 @@ there is no GPU, else on it (marked `gpu`); the compiled code is inspected witho
 """
 import collections
 import json
+import math
 import os
 import re
 import subprocess
@@ -143,6 +144,7 @@ def test_a_row_list_selects_and_leaves_the_other_gradients_zero(device):
     positions = torch.tensor([8, 0, 5], device=device)
     labels = random_labels(x, 3)
     assert_bars(x, labels[:0], positions[:0])
+    assert_bars(x, labels, positions, T=0.6)
     logp, H, dx = assert_bars(x, labels, positions)
     selected = logprobs_and_entropy(x[positions], labels, impl="triton")
     assert torch.equal(logp, selected[0]) and torch.equal(H, selected[1])
@@ -295,6 +297,16 @@ def test_the_reference_is_the_definition(T):
         torch.testing.assert_close(a.float(), c, rtol=1e-5, atol=1e-5)
         grads = [torch.autograd.grad(r.sum(), x, retain_graph=True)[0] for r in (a, b)]
         torch.testing.assert_close(*grads)
+
+
+def test_the_reference_by_hand():
+    """p = 1/2, 1/4, 1/4, 0 and, at T = 1/2, its square: 2/3, 1/6, 1/6."""
+    x = torch.tensor([[0.5, 0.25, 0.25, 0.0]], dtype=torch.float64).log()
+    logp, H = logprobs_and_entropy_reference(x, torch.tensor([1]))
+    assert math.isclose(logp, math.log(1 / 4)) and math.isclose(H, 1.5 * math.log(2))
+    logp, H = logprobs_and_entropy_reference(x, torch.tensor([1]), temperature=0.5)
+    assert math.isclose(logp, math.log(1 / 6))
+    assert math.isclose(H, 2 / 3 * math.log(3 / 2) + math.log(6) / 3)
 
 
 @pytest.mark.parametrize("positions", [None, torch.tensor([5, 0])], ids=["all", "listed"])

@@ -209,8 +209,9 @@ def test_a_causal_model_of_transformers_is_refused(tmp_path):
 def test_block_diffusion_models_need_a_block_causal_policy(tmp_path):
     # Known by its class; or by its name, for dLLM's bd3lm and mdlm have the same configuration.
     llada2 = checkpoint(tmp_path / "a", "a2d", architectures=["LLaDA2MoeModelLM"])
-    bd3lm = checkpoint(tmp_path / "Qwen3-0.6B-diffusion-bd3lm-v0.1", "a2d")
-    assert "block-diffusion" in refusal(llada2) and "block-diffusion" in refusal(bd3lm)
+    named = [checkpoint(tmp_path / name, "a2d") for name in (
+        "Qwen3-0.6B-diffusion-bd3lm-v0.1", "SDAR-1.7B-Chat", "TraDo-4B", "Fast_dLLM_v2_7B")]
+    assert all("block-diffusion" in refusal(model) for model in (llada2, *named))
     assert "FrozenBlockCausal" in refusal(llada2, "--policy", "lab/policies.py:FrozenContext")
     policy = policy_of(llada2, "--policy", "lab/policies.py:FrozenBlockCausal")
     assert policy.block_causal and "block" in policy.notes[-1]

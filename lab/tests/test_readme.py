@@ -130,6 +130,9 @@ def test_the_task_of_ones_own_makes_problems_and_grades(my_task):
     assert task.prompt(example)[-1]["content"] == f"Numbers: {first} {second} {third}"
     right = task.grade(f"<answer> {third} {second} {first} </answer>", example)
     assert (right.reward, right.correct) == (4.0, True)
+    test = tasks.load("reverse", "test")
+    train = tasks.load("reverse", "train", held_out=test)
+    assert not {str(x["nums"]) for x in train[:2000]} & {str(x["nums"]) for x in test}
     short = task.grade(f"<answer> {third}", example)
     assert (short.reward, short.correct) == (1.0, False)
 
