@@ -347,7 +347,8 @@ MATH_WRONG = r"""
 -3<x<4 ~ -3<x<5 ;; x \ge 2 ~ x>2 ;; 4,7 ~ x=4,y=7 ;; (-\infty,1)\cup(2,3] ~ (2,3]
 # equations and bases
 x+y=9 ~ 9 ;; x=5 ~ 5 ;; y=2x+3 ~ 2x+3 ;; 3 ~ 5=3 | 3=5 ;; 5 ~ 101_2 ;; 101_3 ~ 101_2
-101_2 ~ 5
+101_2 ~ 5 ;; 1=3 ~ 1=2 ;; (x+1)^2=x^2+2x+1 ~ y=1
+\begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1&2\end{pmatrix}
 # beyond double precision
 \frac{1}{2^{61}} ~ \frac{1}{2^{60}} ;; (\frac{1}{2^{61}},3) ~ (\frac{1}{2^{60}},3)
 5\sqrt{2} ~ 7.0710678 | 7.07106781186547524400 ;; \frac13 ~ 0.333333 ;; \pi ~ 3.14159265
@@ -367,6 +368,7 @@ def test_math_rows_of_the_table():
     grades = tasks.grade_batch("math", texts, [{"answer": gold} for gold, _, _ in table])
     assert [] == [row for row, got in zip(table, grades) if got.correct != row[2]]
     assert all(g.reward == (4 if g.correct else 1) for g in grades)
+    assert grade("math", nested, {"answer": "5"}).reason.endswith("nested too deep")
     bare = grade("math", r"$\frac{2}{5}$", {"answer": "0.4"})
     assert bare.correct and bare.metrics == {"tagged": 1.0, "string_match": 0.0}
     assert grade("math", "]0,5[", {"answer": "]0,5["}).correct        # equal as text
@@ -755,7 +757,7 @@ def test_a_bad_row_is_named_by_file_and_row(tmp_path, task, name, lines, where):
 
 @pytest.mark.parametrize("name, content", [
     ("binary.csv", b"Puzzle,Solution\n\xff\xfe,1\n"), ("binary.jsonl", b"\xff\xfe{}\n"),
-    ("mark.json", b'\xef\xbb\xbf [{"question": "q", "answer": 1}]'),    # an array as well
+    ("mark.json", b'\xef\xbb\xbf[{"question": "q", "answer": 1}]'),    # an array as well
     ("empty.jsonl", b""), ("empty.csv", b""), ("notes.txt", b"hello"), ("bad.parquet", b"no"),
     ("array.json", b'[{"a": 1}]'), ("rows.jsonl", b"[1, 2]\n"), ("text.jsonl", b'"abc"\n'),
     ("broken.jsonl", b'{"a": 1}\n{\n'), ("deep.jsonl", b"[" * 100_000), ("no.jsonl", b"{}\n"),
