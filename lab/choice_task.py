@@ -50,6 +50,11 @@ def grade(text, example):
     return tasks.graded(format, right, f"chose {letter}", letter, found.tagged)
 
 
+def key(example):
+    """The same choices in another order are the same problem."""
+    return tasks.plain(example["question"]), sorted(map(tasks.plain, example["choices"]))
+
+
 def checked(question, choices, letter):
     if letter not in tuple(string.ascii_uppercase[:len(choices)]):
         raise ValueError(f"{letter!r} is not the letter of one of {len(choices)} choices")
@@ -70,7 +75,7 @@ def read_hellaswag(row, split, options):
 
 # The test splits of both are published without answers: the validation splits stand for them.
 tasks.TASKS["commonsense_qa"] = tasks.Task(
-    "commonsense_qa", prompt, grade, read=read_commonsense_qa,
+    "commonsense_qa", prompt, grade, read=read_commonsense_qa, key=key,
     hub={"train": "tau/commonsense_qa train",
          "test": "tau/commonsense_qa validation"})
 tasks.TASKS["hellaswag"] = replace(

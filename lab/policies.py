@@ -71,7 +71,8 @@ class Seeing(Policy):
         """The model without its head, on tokens `start` to `start + n` of the text.
 
         ids (N, n), visible (N, 1, n, K); around: per layer keys and values (N, heads, K - n, d)
-        of the other tokens seen. Returns hidden states (N, n, d), and the n's keys and values.
+        of the other tokens seen. Returns hidden states (N, n, d), and, where nothing is around,
+        the n's keys and values.
         """
         self.start = start
         with self.autocast():
@@ -256,7 +257,8 @@ def find_way(policy):
 def read_llada(inner, ids, visible, around=None):
     """LLaDA's forward refuses a past, but its blocks take one: here is the loop over those.
 
-    Returns the last hidden states and each layer's keys and values, not rotated yet.
+    Returns the last hidden states and each layer's keys and values, not rotated yet; where
+    there are some around, with those in front.
     """
     n, K = visible.shape[2:]
     bias = None
@@ -271,8 +273,8 @@ def read_llada(inner, ids, visible, around=None):
         past = around[i] if around else None
         if inner.activation_checkpointing_strategy:             # LLaDA's way to recompute
             layer = partial(inner._activation_checkpoint_fn, layer)
-        x, (k, v) = layer(x, attention_bias=bias, layer_past=past, use_cache=True)
-        kv.append((k[:, :, K - n:], v[:, :, K - n:]))           # without the past
+        x, own = layer(x, attention_bias=bias, layer_past=past, use_cache=True)
+        kv.append(own)
     return inner.transformer.ln_f(x), kv
 
 
@@ -286,11 +288,7 @@ def rotate(policy, rotary, q, k):
     place = torch.arange(K, device=k.device)
     if n < K:
         place = torch.cat([place[:start], place[start + n:], place[start:start + n]])
-    dtype = torch.float32 if rotary.config.rope_full_precision else k.dtype
-    with torch.autocast(k.device.type, enabled=False):
-        sin, cos = rotary.get_rotary_embedding(K, k.device)                 # (1, 1, K, d)
-        sin, cos = sin[:, :, place].to(dtype), cos[:, :, place].to(dtype)
-        sin_q, cos_q = sin[:, :, K - n:], cos[:, :, K - n:]
-        turned_q = rotary.apply_rotary_pos_emb(sin_q, cos_q, q.to(dtype))
-        turned_k = rotary.apply_rotary_pos_emb(sin, cos, k.to(dtype))
-    return turned_q.type_as(q), turned_k.type_as(k)
+    # Sine and cosine are float32, (1, 1, K, d): so are the products, then cast back.
+    sin, cos = (x[:, :, place] for x in rotary.get_rotary_embedding(K, k.device))
+    turned_q = rotary.apply_rotary_pos_emb(sin[:, :, K - n:], cos[:, :, K - n:], q)
+    return turned_q, rotary.apply_rotary_pos_emb(sin, cos, k)

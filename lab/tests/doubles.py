@@ -14,9 +14,9 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 
 class Config(PretrainedConfig):
     def __init__(self, **given):
-        own = dict(d_model=32, n_layers=2, n_heads=2, vocab_size=0, rope_full_precision=False,
-                   embedding_dropout=0.0, attention_dropout=0.0, hears_mask=True, causal=False,
-                   headless=False, use_cache=True)
+        own = dict(d_model=32, n_layers=2, n_heads=2, vocab_size=0, embedding_dropout=0.0,
+                   attention_dropout=0.0, hears_mask=True, causal=False, headless=False,
+                   use_cache=True)
         own["embedding_size"] = given.get("vocab_size", 0)
         super().__init__(**{**own, **given})
 
@@ -34,10 +34,10 @@ class Rotary(nn.Module):
 
     def apply_rotary_pos_emb(self, sin, cos, x):
         a, b = x.chunk(2, dim=-1)
-        return x * cos + torch.cat([-b, a], dim=-1) * sin
+        return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
 
     def forward(self, q, k):
-        sin, cos = (x.type_as(q) for x in self.get_rotary_embedding(k.shape[2], k.device))
+        sin, cos = self.get_rotary_embedding(k.shape[2], k.device)
         n = k.shape[2] - q.shape[2]
         turned = self.apply_rotary_pos_emb(sin[:, :, n:], cos[:, :, n:], q)
         return turned, self.apply_rotary_pos_emb(sin, cos, k)
@@ -177,7 +177,7 @@ class DreamDecoderLayer(Layer):
     def forward(self, x, mask, where, past):
         q, k, v = self.qkv(self.input_layernorm(x))
         sin, cos = self.rotary.get_rotary_embedding(int(where.max()) + 1, x.device)
-        sin, cos = sin[:, :, where[0]].to(x.dtype), cos[:, :, where[0]].to(x.dtype)
+        sin, cos = sin[:, :, where[0]], cos[:, :, where[0]]
         q, k = (self.rotary.apply_rotary_pos_emb(sin, cos, part) for part in (q, k))
         if past is not None:
             k, v = past.update(k, v, self.layer_idx, {})
@@ -206,11 +206,12 @@ class DreamBaseModel(DreamPreTrainedModel):
         self.embed_tokens = nn.Embedding(c.embedding_size, c.d_model)
         self.layers = nn.ModuleList(DreamDecoderLayer(c, i) for i in range(c.n_layers))
         self.norm, self.gradient_checkpointing = nn.RMSNorm(c.d_model), False
+        self.drop = nn.Dropout(0.5)                  # no config knows of it
         self.post_init()
 
     def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None,
                 use_cache=None):
-        x = self.embed_tokens(input_ids)
+        x = self.drop(self.embed_tokens(input_ids))
         if position_ids is None:
             position_ids = torch.arange(x.shape[1])[None]
         for layer in self.layers:

@@ -649,6 +649,34 @@ def test_training_never_sees_a_test_problem(tmp_path, hub, task, train_from, tes
         assert len(train) == 20 and LEFT_OUT in train.source
 
 
+@pytest.mark.parametrize("train, test", [
+    ("Ann\u2019s \u201cred\u201d hat", "Ann's \"red\" hat"), ("Cafe\u0301?", "CAF\u00c9?"),
+    ("How\u200b many", "How  many\n"), ("How many?", "How many"),
+    ("an ice-cream", "An ice cream."),
+    ("earns $1,000", "earns \\$1000"), ("\uff11\uff12 apples", "12 apples"),
+    (r"Is $\dfrac{1}{2} \times 3$ it?", r"Is \(\frac12\cdot 3\) it?"),
+    (r"Find $\left(\sqrt{2}\right)^2$", r"find $(\sqrt2)^{2}$."),
+    (r"5\,\text{cm} \div 2", "5 cm \u00f7 2")])
+def test_another_spelling_is_no_new_problem(tmp_path, train, test):
+    row = {"answer": "18"}
+    load = [write(tmp_path / f"{i}.jsonl", dict(row, question=text), dict(row, question=f"{i}"))
+            for i, text in enumerate((train, test))]
+    held_out = tasks.load("gsm8k", "test", file=load[1])
+    kept = tasks.load("gsm8k", "train", file=load[0], held_out=held_out)
+    assert [e["question"] for e in kept] == ["0"]
+
+
+def test_another_number_or_operation_or_choice_is_another_problem():
+    for one, other in [("is 5 + 3", "is 5 * 3"), ("has 12 pears", "has 13 pears"),
+                       ("x < 2", "x > 2"), (r"\sqrt 2", "2"), ("x^2", "2x"), ("3/4", "34")]:
+        assert tasks.plain(one) != tasks.plain(other)
+    key = tasks.TASKS["commonsense_qa"].key
+    example = {"question": "Where?", "choices": ["here", "there"], "answer": "A"}
+    turned = {"question": "where", "choices": ["There", "here."], "answer": "B"}
+    assert key(example) == key(turned)
+    assert key(example) != key(dict(turned, choices=["there", "nowhere"]))
+
+
 def test_generated_problems_that_a_test_file_holds_are_drawn_again(tmp_path):
     options = {"seed": 1, "numbers": 2, "max_number": 9}
     plain = tasks.load("countdown", "train", **options)

@@ -273,14 +273,37 @@ def test_the_work_of_a_rollout_and_of_recomputing_by_hand():
     assert write == 4 * (4 * L * token + 12 * 2 * 100 * 8)
     assert learn == 4 * 2 * (L * token + 3 * 2 * 100 * 8) * 2
     assert plan.work(replace(cfg, recompute=True), shape, 5) == (write, 1.5 * learn)
+    assert plan.work(replace(cfg, mu=2), shape, 5) == (write, 2 * learn)
+    # Ordered by what the head says of all that are masked: 12, 9, 6, 3 of them.
+    more, _ = plan.work(replace(cfg, unmasking="max_prob"), shape, 5)
+    assert more - write == 4 * (30 - 12) * 2 * 100 * 8
+    # All weights: their gradient is a third product.
+    _, learn = plan.work(replace(cfg, lora_r=0), shape, 5)
+    assert learn == 4 * 2 * (L * (token - 2 * lora) + 3 * 2 * 100 * 8) * 3
+
+
+def test_the_bytes_of_weights_and_logits_by_hand():
+    shape = plan.Shape(layers=2, d=8, q=8, V=100, tied=False, adapted=[(8, 8)], blocks=1000,
+                       active=1000, kept=0, kept32=0, alive=0)
+    cfg = agrpo.parse("--C 12 --m 4 --k 2 --lora_r 1 --micro_batch 3 --rollout_batch 7 --eval_C "
+                      "24 --eval_block 6 --steps 8 --dtype bfloat16 --device cpu".split())
+    lora, head = 2 * (8 + 8), 100 * 8
+    assert plan.weight_bytes(cfg, shape) == (2 * (1000 + 8 + head), 4 * head, 16 * lora)
+    exact = replace(cfg, dtype="float32")
+    assert plan.weight_bytes(exact, shape) == (4 * shape.parameters, 0, 16 * lora)
+    assert plan.weight_bytes(replace(exact, lora_r=0), shape) == (0, 0, 16 * shape.parameters)
+    # On the CPU five copies of 100 logits in float32, of a step's 3 tokens or a block's 6.
+    assert plan.phases(cfg, shape, 5) == dict(
+        learn=3 * 3 * 5 * 400, write=7 * 3 * 5 * 400, evaluate=7 * 6 * 5 * 400)
 
 
 def test_a_plan_needs_no_more_than_a_config(shelf, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "speed", lambda cfg, shape: 1e12)
     big = run(plan, "--preset", "llada", "--task", "gsm8k", "--device", "cpu")
     assert big.code == 0, big.err
-    for part in ("8,015.6 M parameters: 15.0 GB in bfloat16", "167.8 M on 224 layers",
-                 "activations recomputed", "16.0 GB for the model", "on an H100"):
+    for part in ("8,015.6 M parameters: 15.0 GB in bfloat16", "in float32 2.1 GB",
+                 "167.8 M on 224 layers", "activations recomputed", "on an H100",
+                 "2.0 GB for a checkpoint, 16.0 GB for the model"):
         assert part in big.out
     (tmp_path / "config.json").write_text((Path(shelf.model) / "config.json").read_text())
     bare = run(plan, "--model", tmp_path, "--device", "cpu")
