@@ -642,8 +642,9 @@ def load_policy(cfg):
     # Full attention in a model that was trained without moves log pi by 0.2 - 0.8 nats a token.
     about = " ".join([cfg.model, config.model_type, *(config.architectures or ())])
     if re.search(BLOCK_DIFFUSION, about, re.I) and not kind.block_causal:
-        raise UserError(f"{name} is a block-diffusion model: log pi is wrong unless you add "
-                        "--policy lab/policies.py:FrozenBlockCausal, and its --block_length")
+        raise UserError(f"{name} is a block-diffusion model, under full attention log pi is "
+                        "wrong: add --policy lab/policies.py:FrozenBlockCausal, if that reads "
+                        "its code, and the --block_length it was trained with")
     policy = kind(model, tokenizer, mask_id, cfg.device)
     policy.shift = policy.shift if cfg.shift < 0 else cfg.shift
     # Look before there are adapters: what is found is said of the model as it came.
@@ -830,14 +831,15 @@ def saved_adapter(base, cfg):
 def block_linears(model):
     """Names of the linear layers in the blocks: a path with a number in it. The head has none.
 
-    In a mixture of experts, experts and router stay as they are: few tokens reach each.
+    In a mixture of experts these and their router stay as they are: few tokens reach each.
     """
     modules = dict(model.named_modules())
-    # "model.layers.3.mlp" is a mixture if "model.layers.3.mlp.experts" exists.
-    mixtures = tuple(name[:-len("experts")] for name in modules if name.endswith(".experts"))
+    # "layers.3.mlp" is a mixture if "layers.3.mlp.experts" exists; its router is called gate.
+    experts = [name for name in modules if name.endswith(".experts")]
+    frozen = tuple(name + "." for name in experts + [name[:-7] + "gate" for name in experts])
     return [name for name, module in modules.items()
             if isinstance(module, torch.nn.Linear) and any(map(str.isdigit, name.split(".")))
-            and not (mixtures and name.startswith(mixtures))]
+            and not (name + ".").startswith(frozen)]
 
 
 def first_line(error):

@@ -92,7 +92,7 @@ def last_answer(text, box=False):
     spoken, thoughts = re.subn("<think>.*?</think>", " ", head + closed, flags=re.DOTALL)
     spoken, thought = spoken + tail, thoughts > 0
     # What was said first, then thoughts too; complete tags first, then unclosed ones.
-    for part in (spoken, text):
+    for part in dict.fromkeys((spoken, text)):       # one pass where there were no thoughts
         pieces = [piece.split("</answer>") for piece in part.split("<answer>")[1:]]
         complete = [piece[0] for piece in pieces if len(piece) > 1]
         unclosed = [re.split("</|<think>", piece[0])[0] for piece in pieces if len(piece) == 1]

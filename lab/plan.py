@@ -83,12 +83,14 @@ def shape_of(config):
 
     adapted = [(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)]
     rest, idle, head = 2 * d, 0, 0
-    if experts:                        # these and their router get no LoRA
-        one = 3 * d * first("expert_intermediate_size", "moe_intermediate_size")
+    if experts:                        # these and their router get no LoRA, a shared one does
+        size = first("expert_intermediate_size", "moe_intermediate_size")
         used = first("num_experts_per_tok", default=1)
-        always = first("num_shared_experts", default=0)
-        rest += (experts + always) * one + experts * d
-        adapted, idle, f = adapted[:4], (experts - used) * one, (used + always) * one // (3 * d)
+        shared = first("num_shared_experts", default=0) * size
+        rest, idle = rest + experts * (3 * d * size + d), (experts - used) * 3 * d * size
+        adapted, f = adapted[:4], used * size + shared
+        if shared:
+            adapted += [(d, shared), (d, shared), (shared, d)]
 
     # Kept: what both norms read (in float32) and write; q, k, v, the attention's output; in the
     # MLP the gate before and after its activation, the other factor, the product.

@@ -154,17 +154,19 @@ class DreamConfig(Config):
 
 
 class Mixture(nn.Module):
-    """As LLaDA2's experts: no gradient in eval mode."""
+    """As LLaDA2's experts, no gradient in eval mode; and one that all tokens share."""
 
     def __init__(self, d):
         super().__init__()
+        self.shared_experts = nn.Linear(d, d, bias=False)
         self.gate = nn.Linear(d, 2, bias=False)
         self.experts = nn.ModuleList(nn.Linear(d, d, bias=False) for _ in range(2))
 
     def forward(self, x):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
             y = torch.stack([expert(x) for expert in self.experts])
-        return torch.einsum("enld,nle->nld", y, self.gate(x).softmax(-1))
+        mixed = torch.einsum("enld,nle->nld", y, self.gate(x).softmax(-1))
+        return mixed + self.shared_experts(x)
 
 
 class DreamDecoderLayer(Layer):

@@ -19,7 +19,7 @@ FILE = ROOT / "lab" / "policies.py"
 ALL = ("BlockCausal", "FrozenBlockCausal", "FrozenContext")
 KINDS = ("llada", "a2d", "dream")
 PLAIN = [(kind, "plain") for kind in (*KINDS, "tied", "deaf", "base")]
-LORA = dict(llada=14, a2d=14, dream=8, tied=14, deaf=14, base=8)     # linear layers in blocks
+LORA = dict(llada=14, a2d=14, dream=10, tied=14, deaf=14, base=8)     # linear layers in blocks
 less = pytest.mark.parametrize("kind, name", [*itertools.product(KINDS, ALL)])
 every = pytest.mark.parametrize("kind, name", [*PLAIN, *itertools.product(KINDS, ALL)])
 
@@ -59,8 +59,8 @@ def test_the_ratio_is_one_and_every_adapter_learns(kind, name):
     _, seen = add_gradient(policy)
     assert seen.ratio.numel() == 16
     assert (seen.ratio - 1).abs().max() < (1e-12 if exact else 1e-5)
-    # On the blocks' linear layers, and not on the head, experts and routers.
-    adapters, other = trained(policy), ("head.", "transformer.ff_out", "experts.", ".gate.")
+    # On the blocks' linear layers, shared experts too; not on the head, experts and routers.
+    adapters, other = trained(policy), ("head.", "transformer.ff_out", ".experts.", ".gate.")
     assert len(adapters) == 2 * LORA[kind] and all("lora_" in x for x in adapters)
     assert not any(part in x for x in adapters for part in other)
     assert all(p.grad.abs().max() > 0 for p in adapters.values())
@@ -167,7 +167,7 @@ def test_padding_changes_nothing(kind, name):
     # The padded row first: rows of one length at a time come back in their order.
     both = policy(ids.flip(0), mask.flip(0), at, block)
     alone = policy(ids[1:, 4:], mask[1:, 4:], at[1:] - 4, agrpo.Block(9, 13, {}))
-    assert (both[0] - alone[0]).abs().max() < 1e-5
+    assert (both[0] - alone[0]).abs().max() < 1e-4
 
 
 @torch.no_grad()

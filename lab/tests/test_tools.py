@@ -261,6 +261,9 @@ def test_known_models_have_the_size_that_is_published(config, published):
     if config is plan.LLADA_MOE:       # of a mixture a token meets its own experts only
         assert shape.active + shape.V * shape.d == pytest.approx(1.4e9, rel=0.02)       # "A1B"
         assert len(shape.adapted) == 4
+        shared = plan.shape_of({**config, "num_shared_experts": 2})      # as LLaDA2 has one
+        assert shared.adapted[4:] == [(2048, 2048), (2048, 2048), (2048, 2048)]
+        assert shared.active - shape.active == 16 * 3 * 2048 * 2048
 
 
 def test_the_work_of_a_rollout_and_of_recomputing_by_hand():
@@ -285,8 +288,8 @@ def test_the_work_of_a_rollout_and_of_recomputing_by_hand():
 def test_the_bytes_of_weights_and_logits_by_hand():
     shape = plan.Shape(layers=2, d=8, q=8, V=100, tied=False, adapted=[(8, 8)], blocks=1000,
                        active=1000, kept=0, kept32=0, alive=0)
-    cfg = agrpo.parse("--C 12 --m 4 --k 2 --lora_r 1 --micro_batch 3 --rollout_batch 7 --eval_C "
-                      "24 --eval_block 6 --steps 8 --dtype bfloat16 --device cpu".split())
+    cfg = agrpo.parse("--C 12 --m 4 --k 2 --lora_r 1 --micro_batch 3 --rollout_batch 7 "
+                      "--eval_C 24 --eval_block 6 --steps 8 --dtype bfloat16 --device cpu".split())
     lora, head = 2 * (8 + 8), 100 * 8
     assert plan.weight_bytes(cfg, shape) == (2 * (1000 + 8 + head), 4 * head, 16 * lora)
     exact = replace(cfg, dtype="float32")
