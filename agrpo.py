@@ -1441,14 +1441,18 @@ def wilson(correct, n, z=1.96):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def measure(policy, data, cfg, how):
-    """One row of the table of evaluations: accuracy, its interval, means of other metrics."""
-    grades = grade_held_out(policy, data, cfg, how, cfg.eval_n)
-    n, right = len(grades), sum(g.correct for g in grades)
-    low, high = wilson(right, n)
-    more = {name: sum(g.metrics[name] for g in grades) / n for name in grades[0].metrics}
-    return dict(m=how.m, greedy=how.temperature == 0, n=n, accuracy=right / n, low=low,
-                high=high, reward=sum(g.reward for g in grades) / n, **more)
+def measure(grades, how, n=None):
+    """One row of the table: accuracy, its interval for n [all] problems, means of the rest."""
+    n = n or len(grades)
+
+    def mean(values):
+        return sum(values) / len(grades)
+
+    accuracy = mean(g.correct for g in grades)
+    low, high = wilson(accuracy * n, n)
+    more = {name: mean(g.metrics[name] for g in grades) for name in grades[0].metrics}
+    return dict(m=how.m, greedy=how.temperature == 0, n=n, accuracy=accuracy, low=low,
+                high=high, reward=mean(g.reward for g in grades), **more)
 
 
 def table_row(*found):
@@ -1472,7 +1476,8 @@ def table(policy, data, cfg, state, who):
     """Fill state[who], who "base" or "final", with a row for each evaluation; print them."""
     for i, how in enumerate(cfg.cells()):
         if i == len(state[who]):
-            state[who].append(measure(policy, data, cfg, how))
+            grades = grade_held_out(policy, data, cfg, how, cfg.eval_n)
+            state[who].append(measure(grades, how))
         if i == 0:
             say(table_head(who == "final"))
         say(table_row(state["base"][i], *state["final"][i:i + 1]))
@@ -1711,7 +1716,8 @@ def learn(cfg, policy, data, test, heard):
         left = (time.time() - start) / (update - first) * (cfg.updates - update)
         report(now, sample, state, cfg, left)
         if update % cfg.eval_every == 0 and update < cfg.updates:
-            found = measure(policy, test, cfg, cfg.cells()[0])
+            how = cfg.cells()[0]
+            found = measure(grade_held_out(policy, test, cfg, how, cfg.eval_n), how)
             state["evals"].append(dict(update=update, **found))
             now["held_out"] = found["accuracy"]
             say(f"    held-out{table_row(found)}   n {found['n']}")

@@ -20,7 +20,7 @@ bash run.sh COMMAND [flags]          times on 2 CPU cores with the tiny model
   bench           time one update of each policy; on a GPU the kernel too   minutes
   lab             experiments: does it work as claimed? (lists them)        minutes each
   tiny            make the tiny model in lab/tiny again                     45 minutes, one core
-  test            every test                                                3 minutes
+  test            every test, in two processes                              3 minutes
 
 The same command again goes on where it stopped. After the first one, .venv/bin/python agrpo.py
 --help lists the flags, and torchrun --nproc_per_node 8 -- agrpo.py ... uses eight GPUs.
@@ -43,7 +43,7 @@ command=${1:-menu}
 case $command in
     menu|help|-h|--help) menu; exit ;;
     -*) echo "run.sh: the first word is a command, not a flag; bash run.sh lists them" >&2; exit 2 ;;
-    test)             run=(-m pytest -q test_agrpo.py lab/tests) ;;
+    test)             run=(-m pytest -q -n 2 test_agrpo.py lab/tests) ;;
     eval)             run=(lab/evaluate.py) ;;
     watch|plan|bench) run=(lab/"$command".py) ;;
     lab)              run=(lab/experiments.py) ;;

@@ -16,6 +16,7 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import agrpo
@@ -101,19 +102,16 @@ def grade_missing(policy, data, cfg, how, cell, kept, path):
     return [kept[(*cell, i)] for i in asked]
 
 
-def summarise(seeds, m, greedy):
+def summarise(seeds, how):
     """One row of the table; seeds: a list of records for each seed, over the same problems.
 
     Seeds repeat the problems, so the interval is the one that n problems allow.
     """
-    n, accuracies = len(seeds[0]), [mean(r["correct"] for r in records) for records in seeds]
-    accuracy = mean(accuracies)
-    low, high = agrpo.wilson(accuracy * n, n)
-    numbers = [{"reward": r["reward"], **r["metrics"]} for records in seeds for r in records]
-    means = {name: mean(x[name] for x in numbers) for name in numbers[0]}
+    answers = [SimpleNamespace(**record) for records in seeds for record in records]
+    row = agrpo.measure(answers, how, n=len(seeds[0]))
     if len(seeds) > 1:
-        means["sd over seeds"] = stdev(accuracies)
-    return dict(m=m, greedy=greedy, n=n, accuracy=accuracy, low=low, high=high, **means)
+        row["sd over seeds"] = stdev(mean(r["correct"] for r in records) for records in seeds)
+    return row
 
 
 def run(cfg, seeds):
@@ -141,7 +139,7 @@ def run(cfg, seeds):
                 with policy.reference() if adapter_off else contextlib.nullcontext():
                     found = [grade_missing(policy, data, cfg, how, cell, kept, answers)
                              for cell in cells]
-                rows.append(summarise(found, how.m, greedy))
+                rows.append(summarise(found, how))
             agrpo.say(agrpo.table_row(*(rows[-1] for rows in columns.values())))
         table = dict(config=flags, seeds=seeds, test_data=source, **columns)
         agrpo.write(out / "eval.json", agrpo.to_json(table, indent=2))

@@ -128,7 +128,8 @@ def test_more_problems_and_seeds_may_be_asked_for_and_other_flags_may_not(shelf,
 def test_the_interval_is_over_problems_and_the_spread_over_seeds():
     def records(*right):
         return [dict(correct=bool(x), reward=float(x), metrics={"cells": x / 2}) for x in right]
-    row = evaluate.summarise([records(1, 0, 0, 1), records(1, 0, 0, 0)], 2, False)
+    how = agrpo.Decoding(C=4, m=2, block_length=4)
+    row = evaluate.summarise([records(1, 0, 0, 1), records(1, 0, 0, 0)], how)
     assert row["accuracy"] == 0.375 and row["n"] == 4 and row["cells"] == 0.1875
     assert row["sd over seeds"] == pytest.approx(0.25 / 2 ** 0.5)
     assert (row["low"], row["high"]) == pytest.approx((0.0919, 0.7806), abs=1e-3)    # Wilson
