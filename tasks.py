@@ -79,6 +79,7 @@ class Found(NamedTuple):
 # Repeating the instructions is not answering: "<answer></answer>", "\boxed{...}".
 ECHO = re.compile(r"(?:\\boxed|boxed|\\[()\[\]]|[\s.…,:={}$]|your|the|final|answer|here"
                   r"|expression|target)*")
+NESTED = re.compile(r"boxed\s*\{")
 
 
 def last_answer(text, box=False):
@@ -107,7 +108,7 @@ def last_answer(text, box=False):
 
 
 def boxes(text):
-    r"""All \boxed{..} of the last 20,000 characters that hold something, by their ends.
+    r"""All \boxed{..} of the last 20,000 characters that hold something, but no other box.
 
     Returns [(the 40 characters before, content, the 40 behind)].
     """
@@ -119,7 +120,7 @@ def boxes(text):
         elif brace[0] == "}" and opened:
             start = opened.pop()
             content = text[start.end():brace.start()].strip()
-            if start[1] and not ECHO.fullmatch(content):
+            if start[1] and not ECHO.fullmatch(content) and not NESTED.search(content):
                 before = text[max(0, start.start() - 40):start.start()]
                 found.append((before, content, text[brace.end():brace.end() + 40]))
     return found

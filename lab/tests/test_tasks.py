@@ -263,7 +263,7 @@ GSM8K_WRONG = r"""
 18 ~ 18k | 18! | 18e0 | 18-0 | 18*1 | --18 | eighteen |  | 1,8 | 18, | \sqrt{324} | \frac{36}{0}
 18 ~ \frac{36}{2}1 | 18 1/2 | 0x12 | １٨ | ١٨ | 36/2/1 | 18.. | 9 \times 2 | 18 17 dollars | nan
 18 ~ 18 \text{or} 17 | $ | . | -\boxed{18} | 17 \boxed{18} | \boxed{17}\boxed{18} | \boxed{18}^2
-18 ~ 9 + \boxed{9} | \sqrt\boxed{18} | \boxed{9} + 9 | 2 \times \boxed{18}
+18 ~ 9 + \boxed{9} | \boxed{\boxed{18} + 1} | \sqrt\boxed{18} | \boxed{9} + 9 | 2 \times \boxed{18}
 18 ~ \boxed{18},000 | \boxed{18}{,}000 | \boxed{18}.5 | 1,\boxed{18} | 0.\boxed{18} | ~18 | 18 M
 1000 ~ 1,00 | 1.000 | 10,00 | 1 000 | 1, 000 ;; 1819 ~ 18,19 ;; 5 ~ 5m | 5K"""
 SCALED = ("thousand thousands k K M bn mln trn million quadrillion dozen dozens doz tens lakhs "
@@ -301,7 +301,7 @@ def test_gsm8k_answers():
     r"<answer>\boxed{}18</answer>", "<answer>boxed{18}</answer>", r"<answer>\boxed{18}",
     r"<think>so \boxed{17}</think> It is {\boxed{18}} of them.",
     "<answer>1. 6 + 3 = 9\n2. Double: \\[ \\boxed{18} \\]</answer>",
-    r"First \boxed{9}, then \boxed{18} and that is it."])
+    r"First \boxed{9}, then \boxed{18} and that is it.", r"\boxed{x = \boxed{18}}"])
 def test_gsm8k_reads_what_models_write_around_a_box(text):
     assert tasks.grade("gsm8k", text, EXAMPLES["gsm8k"]).correct
 
