@@ -385,6 +385,23 @@ def question_prompt(example):
                 example["question"])
 
 
+def plain(text):
+    """Its letters, digits and + * / = < > ^: another spelling of a question is no new question.
+
+    Spaces, quotes, dashes, braces, accents written as two characters, LaTeX's layout: all gone.
+    Two questions that differ in nothing else count as one, which costs a training row.
+    """
+    for spelling, symbol in SPELLINGS.items():
+        text = text.replace(spelling, symbol)
+    text = re.sub(r"\\(?:left|right|displaystyle|text|mathrm|[dt](?=frac))", "", text)
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(c for c in text if c.isalnum() or c in "+*/=<>^")
+
+
+def question_key(example):
+    return plain(example["question"])
+
+
 # What a box may not touch, or it is a part only: -\boxed{18}, \boxed{9}^2, \boxed{9},000
 COMMAND = r"\\(?:times|cdot|div|frac|sqrt|pm)"
 BEFORE = re.compile(rf"(?:[-+−*/^×÷·0-9]|{COMMAND}\{{?)(?:\\?\$|\\[(\[]|[ \t])*\Z"
@@ -482,7 +499,7 @@ TASKS = Tasks({task.name: task for task in (
     Task("sudoku", sudoku_prompt, grade_sudoku, make_sudoku, read_sudoku,
          options={"empties": 8}, limits={"empties": (0, 12)},
          key=lambda example: example["solution"]),
-    Task("gsm8k", question_prompt, grade_gsm8k, read=read_gsm8k,
+    Task("gsm8k", question_prompt, grade_gsm8k, read=read_gsm8k, key=question_key,
          hub={"train": "openai/gsm8k main train", "test": "openai/gsm8k main test"}))})
 TASKS["countdown-3to4"] = replace(
     TASKS["countdown"], name="countdown-3to4", make=None, part=part_of_3to4,
@@ -543,20 +560,7 @@ def key(task, example):
     """What a training problem may not share with a test problem."""
     if task.key is not None:
         return repr(task.key(example))
-    return plain(task.prompt(example)[-1]["content"])
-
-
-def plain(text):
-    """Its letters, digits and + * / = < > ^: another spelling of a question is no new question.
-
-    Spaces, quotes, dashes, braces, accents written as two characters, LaTeX's layout: all gone.
-    Two questions that differ in nothing else count as one, which costs a training row.
-    """
-    for spelling, symbol in SPELLINGS.items():
-        text = text.replace(spelling, symbol)
-    text = re.sub(r"\\(?:left|right|displaystyle|text|mathrm|[dt](?=frac))", "", text)
-    text = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(c for c in text if c.isalnum() or c in "+*/=<>^")
+    return "".join(task.prompt(example)[-1]["content"].split()).casefold()
 
 
 def load(name, split, seed=0, file=None, size=None, held_out=(), **options):

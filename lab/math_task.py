@@ -385,6 +385,7 @@ def read_math(row, split, options):
 
 tasks.TASKS["math"] = tasks.Task(
     "math", tasks.question_prompt, grade_math, read=read_math, grade_batch=grade_math_batch,
+    key=tasks.question_key,
     hub={"train": "qwedsacf/competition_math train",
          "test": "HuggingFaceH4/MATH-500 test"},
     options={"max_level": 4}, limits={"max_level": (1, 5)})    # the paper trains on 1 to 4

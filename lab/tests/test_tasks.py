@@ -667,10 +667,14 @@ def test_another_spelling_is_no_new_problem(tmp_path, train, test):
 
 
 def test_another_number_or_operation_or_choice_is_another_problem():
+    assert tasks.TASKS["math"].key is tasks.TASKS["gsm8k"].key is tasks.question_key
     for one, other in [("is 5 + 3", "is 5 * 3"), ("has 12 pears", "has 13 pears"),
                        ("x < 2", "x > 2"), (r"\sqrt 2", "2"), ("x^2", "2x"), ("3/4", "34")]:
         assert tasks.plain(one) != tasks.plain(other)
     key = tasks.TASKS["commonsense_qa"].key
+    # A task of one's own may be about nothing but signs.
+    mine = tasks.Task("mine", lambda e: tasks.chat("", f"Close {e}"), None)
+    assert tasks.key(mine, "( (") == tasks.key(mine, "((") != tasks.key(mine, "[(")
     example = {"question": "Where?", "choices": ["here", "there"], "answer": "A"}
     turned = {"question": "where", "choices": ["There", "here."], "answer": "B"}
     assert key(example) == key(turned)
