@@ -834,9 +834,10 @@ def block_linears(model):
     In a mixture of experts these and their router stay as they are: few tokens reach each.
     """
     modules = dict(model.named_modules())
-    # "layers.3.mlp" is a mixture if "layers.3.mlp.experts" exists; its router is called gate.
-    experts = [name for name in modules if name.endswith(".experts")]
-    frozen = tuple(name + "." for name in experts + [name[:-7] + "gate" for name in experts])
+    # "layers.3.mlp" is a mixture if "layers.3.mlp.experts" exists.
+    mixtures = [name.removesuffix("experts") for name in modules if name.endswith(".experts")]
+    frozen = tuple(mixture + part + "." for mixture in mixtures
+                   for part in ("experts", "gate", "router"))
     return [name for name, module in modules.items()
             if isinstance(module, torch.nn.Linear) and any(map(str.isdigit, name.split(".")))
             and not (name + ".").startswith(frozen)]
