@@ -1442,10 +1442,14 @@ def wilson(correct, n, z=1.96):
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def measure(grades, how, n=None):
-    """One row of the table: accuracy, its interval for n [all] problems, means of the rest."""
-    n = n or len(grades)
+def measure(policy, data, cfg, how):
+    """One row of the table of evaluations."""
+    grades = grade_held_out(policy, data, cfg, how, cfg.eval_n)
+    return summarise(grades, how, len(grades))
 
+
+def summarise(grades, how, n):
+    """Accuracy, its interval for n problems, means of reward and other metrics."""
     def mean(values):
         return sum(values) / len(grades)
 
@@ -1477,8 +1481,7 @@ def table(policy, data, cfg, state, who):
     """Fill state[who], who "base" or "final", with a row for each evaluation; print them."""
     for i, how in enumerate(cfg.cells()):
         if i == len(state[who]):
-            grades = grade_held_out(policy, data, cfg, how, cfg.eval_n)
-            state[who].append(measure(grades, how))
+            state[who].append(measure(policy, data, cfg, how))
         if i == 0:
             say(table_head(who == "final"))
         say(table_row(state["base"][i], *state["final"][i:i + 1]))
@@ -1717,8 +1720,7 @@ def learn(cfg, policy, data, test, heard):
         left = (time.time() - start) / (update - first) * (cfg.updates - update)
         report(now, sample, state, cfg, left)
         if update % cfg.eval_every == 0 and update < cfg.updates:
-            how = cfg.cells()[0]
-            found = measure(grade_held_out(policy, test, cfg, how, cfg.eval_n), how)
+            found = measure(policy, test, cfg, cfg.cells()[0])
             state["evals"].append(dict(update=update, **found))
             now["held_out"] = found["accuracy"]
             say(f"    held-out{table_row(found)}   n {found['n']}")

@@ -217,11 +217,15 @@ SPELLINGS = {"×": "*", "·": "*", "⋅": "*", r"\times": "*", r"\cdot": "*", "�
              r"\div": "/", "−": "-", "–": "-", r"\left(": "(", r"\right)": ")"}
 
 
-def unwrap(text):
-    r"""In one spelling, without a full stop, dollars, \( \) and one \boxed{} around it all."""
+def one_spelling(text):
     for spelling, symbol in SPELLINGS.items():
         text = text.replace(spelling, symbol)
-    text = re.sub(r"\\[()\[\]]", "$", text)
+    return text
+
+
+def unwrap(text):
+    r"""In one spelling, without a full stop, dollars, \( \) and one \boxed{} around it all."""
+    text = re.sub(r"\\[()\[\]]", "$", one_spelling(text))
     dollars, box = (r"(\${0,2})", r"\1"), (r"(\\boxed ?\{)?", r"(?(1)\})")
     for start, end in (dollars, box, dollars):
         text = re.fullmatch(rf"{start} ?(.*?) ?\.? ?{end} ?\.? ?", text)[2]
@@ -391,9 +395,8 @@ def plain(text):
     Spaces, quotes, dashes, braces, accents written as two characters, LaTeX's layout: all gone.
     Two questions that differ in nothing else count as one, which costs a training row.
     """
-    for spelling, symbol in SPELLINGS.items():
-        text = text.replace(spelling, symbol)
-    text = re.sub(r"\\(?:left|right|displaystyle|text|mathrm|[dt](?=frac))", "", text)
+    layout = r"\\(?:left|right|displaystyle|text|mathrm|[dt](?=frac))"
+    text = re.sub(layout, "", one_spelling(text))
     text = unicodedata.normalize("NFKC", text).casefold()
     return "".join(c for c in text if c.isalnum() or c in "+*/=<>^")
 

@@ -52,7 +52,7 @@ def grade(text, example):
 
 def key(example):
     """The same choices in another order are the same problem."""
-    return tasks.plain(example["question"]), sorted(map(tasks.plain, example["choices"]))
+    return tasks.question_key(example), sorted(map(tasks.plain, example["choices"]))
 
 
 def checked(question, choices, letter):

@@ -108,7 +108,7 @@ def summarise(seeds, how):
     Seeds repeat the problems, so the interval is the one that n problems allow.
     """
     answers = [SimpleNamespace(**record) for records in seeds for record in records]
-    row = agrpo.measure(answers, how, n=len(seeds[0]))
+    row = agrpo.summarise(answers, how, n=len(seeds[0]))
     if len(seeds) > 1:
         row["sd over seeds"] = stdev(mean(r["correct"] for r in records) for records in seeds)
     return row

@@ -166,7 +166,7 @@ class Mixture(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.training):
             y = torch.stack([expert(x) for expert in self.experts])
         mixed = torch.einsum("enld,nle->nld", y, self.gate(x).softmax(-1))
-        return mixed + self.shared_experts(x)
+        return (mixed + self.shared_experts(x)) / 2
 
 
 class DreamDecoderLayer(Layer):

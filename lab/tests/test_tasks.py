@@ -464,10 +464,10 @@ PIECES = st.sampled_from([
 
 
 def quick(text):
-    """Grade five times at most, as the machine may be busy: the best must be under 50 ms."""
+    """Grade three times at most, as the machine may be busy: the best must be under 50 ms."""
     for task in QUICK:
         times = []
-        while len(times) < 5 and (not times or min(times) >= 0.05):
+        while len(times) < 3 and (not times or min(times) >= 0.05):
             start = time.process_time()
             got = tasks.grade(task, text, EXAMPLES[task])
             times.append(time.process_time() - start)
@@ -652,8 +652,8 @@ def test_training_never_sees_a_test_problem(tmp_path, hub, task, train_from, tes
 @pytest.mark.parametrize("train, test", [
     ("Ann\u2019s \u201cred\u201d hat", "Ann's \"red\" hat"), ("Cafe\u0301?", "CAF\u00c9?"),
     ("How\u200b many", "How  many\n"), ("How many?", "How many"),
-    ("an ice-cream", "An ice cream."),
-    ("earns $1,000", "earns \\$1000"), ("\uff11\uff12 apples", "12 apples"),
+    ("an ice-cream", "An ice cream."), ("earns $1,000", "earns \\$1000"),
+    ("\uff11\uff12 apples", "12 apples"),
     (r"Is $\dfrac{1}{2} \times 3$ it?", r"Is \(\frac12\cdot 3\) it?"),
     (r"Find $\left(\sqrt{2}\right)^2$", r"find $(\sqrt2)^{2}$."),
     (r"5\,\text{cm} \div 2", "5 cm \u00f7 2")])
@@ -671,10 +671,10 @@ def test_another_number_or_operation_or_choice_is_another_problem():
     for one, other in [("is 5 + 3", "is 5 * 3"), ("has 12 pears", "has 13 pears"),
                        ("x < 2", "x > 2"), (r"\sqrt 2", "2"), ("x^2", "2x"), ("3/4", "34")]:
         assert tasks.plain(one) != tasks.plain(other)
-    key = tasks.TASKS["commonsense_qa"].key
     # A task of one's own may be about nothing but signs.
     mine = tasks.Task("mine", lambda e: tasks.chat("", f"Close {e}"), None)
     assert tasks.key(mine, "( (") == tasks.key(mine, "((") != tasks.key(mine, "[(")
+    key = tasks.TASKS["commonsense_qa"].key
     example = {"question": "Where?", "choices": ["here", "there"], "answer": "A"}
     turned = {"question": "where", "choices": ["There", "here."], "answer": "B"}
     assert key(example) == key(turned)
