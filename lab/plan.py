@@ -94,14 +94,14 @@ def shape_of(config):
 
     # Kept: what both norms read (in float32) and write; q, k, v, the attention's output; in the
     # MLP the gate before and after its activation, the other factor, the product.
-    kept32, kept, alive = 2 * d, 2 * d + 4 * q + 4 * f, 4 * (d + f)
+    kept32, kept, alive = 2 * d, 2 * d + 4 * q + 4 * f, 4 * d + 3 * f
     if experts or "qwen3" in kind:     # q and k have norms of their own
         kept32 += q + kv
     if experts:                        # a copy for each expert, and what each makes of it
-        kept, alive = kept + 2 * used * d, alive + used * d
+        kept, alive = kept + 2 * used * d, alive + used * d + f
     if kind == "modernbert":           # the same in fewer matrices, and one before the head
         adapted = [(d, 3 * d), (d, d), (d, 2 * f), (f, d)]
-        kept, alive, head = kept + 4 * q, 6 * (d + f), d * d
+        kept, alive, head = kept + 4 * q, 5 * d + 4 * f, d * d
     block = sum(i * o for i, o in adapted) + rest
     total, active = layers * block + head, layers * (block - idle) + head
     return Shape(layers, d, q, V, tied, adapted, total, active, kept, kept32, alive)
@@ -154,6 +154,8 @@ def phases(cfg, shape, prompt):
     """{phase: bytes at its peak beside the weights} of learning, writing and evaluating."""
     W, b, learnt = cfg.how.W, BYTES[cfg.dtype], cfg.micro_batch * (prompt + cfg.C)
     kept = shape.layers * (shape.kept32 * 4 + shape.kept * b)   # a token, for the backward pass
+    # In 16 bits LoRA's output stands beside its layer's, in float32 the two are one product.
+    alive = shape.alive + (b == 2) * max(out for _, out in shape.adapted)
     if cfg.recompute:
         # Only each block's input stays; one block at a time has all, and gradients beside.
         kept = shape.layers * shape.d * b + 1.1 * kept / shape.layers
@@ -165,7 +167,7 @@ def phases(cfg, shape, prompt):
     still = cfg.block_length if cfg.unmasking != "random" else 0
 
     def forward(C, logits):
-        return cfg.rollout_batch * max((prompt + C) * shape.alive * b, logits)
+        return cfg.rollout_batch * max((prompt + C) * alive * b, logits)
     return dict(learn=learnt * kept + cfg.micro_batch * W * shown,
                 write=forward(cfg.C, max(W * drawn, still * shown)),
                 evaluate=forward(cfg.eval_C, cfg.eval_block * shown))

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -249,6 +250,48 @@ def test_every_pin_is_a_commit():
 
 
 # --- LoRA -------------------------------------------------------------------------------------
+
+def test_lora_as_one_product_is_the_three_and_so_are_its_gradients():
+    draw = partial(torch.randn, dtype=torch.float64, requires_grad=True)
+    x, A, B, W, bias = draw(2, 3, 6), draw(2, 6), draw(5, 2), draw(5, 6), draw(5)
+    W.requires_grad_(False), bias.requires_grad_(False)
+    linear = torch.nn.functional.linear
+    dy = torch.randn(2, 3, 5, dtype=torch.float64)
+    for b in (bias, None):
+        one = agrpo.LoraProduct.apply(x, W, b, A, B, 0.3)
+        three = linear(x, W, b) + 0.3 * linear(linear(x, A), B)
+        torch.testing.assert_close(one, three)
+        torch.testing.assert_close(torch.autograd.grad(one, (x, A, B), dy),
+                                   torch.autograd.grad(three, (x, A, B), dy))
+
+
+def logits_and_gradients(policy):
+    ids = torch.arange(20, 44).view(2, 12)
+    logits = policy(ids, torch.ones_like(ids), torch.tensor([[3, 7]] * 2))
+    logits.log_softmax(-1)[..., 30].sum().backward()
+    grads = [p.grad for p in trained(policy).values()]
+    policy.model.zero_grad()
+    return [logits.detach(), *grads]
+
+
+@each("plain", "lora_dropout", "use_rslora", "use_dora")
+def test_an_adapter_that_peft_made_computes_what_peft_computes(kind, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    more = {} if kind == "plain" else {kind: 0.5 if kind == "lora_dropout" else True}
+    base, _ = agrpo.load_model(agrpo.parse(["--model", shelf["base"], "--device", "cpu"]))
+    lora = LoraConfig(r=4, target_modules=["Wqkv", "Wi"], init_lora_weights=False, **more)
+    get_peft_model(base, lora).save_pretrained(tmp_path)
+    policy = policy_of(shelf["base"], "--adapter", str(tmp_path), loud=False)
+    policy.model.double()
+    ours = logits_and_gradients(policy)
+    layers = [x for x in policy.model.modules() if hasattr(x, "lora_A")]
+    in_one = [layer.__dict__.pop("forward", None) is not None for layer in layers]
+    theirs = logits_and_gradients(policy)                       # without dropout here too
+    assert in_one == [kind != "use_dora"] * 4
+    assert len(ours) >= 9
+    for a, b in zip(ours, theirs, strict=True):
+        assert b.abs().max() > 0 and (a - b).abs().max() < 1e-12 * b.abs().max()
 
 def test_an_adapter_comes_back_and_only_to_its_model(tmp_path):
     policy, flag = policy_of(shelf["llada"]), ("--adapter", str(tmp_path))
