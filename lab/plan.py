@@ -186,8 +186,10 @@ def weight_bytes(cfg, shape):
 def work(cfg, shape, prompt):
     """FLOPs of one update: (writing the rollouts, learning from them at most)."""
     rows, L = cfg.questions * cfg.G, prompt + cfg.C
-    matrices = shape.active + lora_size(cfg, shape) * (cfg.lora_r > 0)
-    token = 2 * matrices + 4 * L * shape.q * shape.layers       # and attention to L others
+    lora = lora_size(cfg, shape) * (cfg.lora_r > 0)
+    token = 2 * (shape.active + lora) + 4 * L * shape.q * shape.layers      # L to attend to
+    # A forward in float32 multiplies by W + s B A; only the backward pass by A and B alone.
+    forward = token - 2 * lora * (cfg.dtype == "float32")
     logits = 2 * shape.V * shape.d
     # The head sees a step's tokens, or all that are masked in the block: half of it on average.
     steps = cfg.block_length // cfg.how.W
@@ -196,7 +198,7 @@ def work(cfg, shape, prompt):
     # once more if it is recomputed.
     passes = 2 + (not cfg.lora_r) + cfg.recompute
     pairs = cfg.mu * rows * min(cfg.k, cfg.m)
-    return (rows * (cfg.m * L * token + seen * logits),
+    return (rows * (cfg.m * L * forward + seen * logits),
             pairs * (L * token + cfg.how.W * logits) * passes)
 
 

@@ -274,7 +274,9 @@ def test_the_work_of_a_rollout_and_of_recomputing_by_hand():
     lora, L = 2 * (8 + 8), 5 + 12
     token = 2 * (1000 + lora) + 4 * L * 8 * 2
     write, learn = plan.work(cfg, shape, 5)
-    assert write == 4 * (4 * L * token + 12 * 2 * 100 * 8)
+    assert write == 4 * (4 * L * (token - 2 * lora) + 12 * 2 * 100 * 8)      # W + s B A
+    half, _ = plan.work(replace(cfg, dtype="bfloat16"), shape, 5)
+    assert half == 4 * (4 * L * token + 12 * 2 * 100 * 8)
     assert learn == 4 * 2 * (L * token + 3 * 2 * 100 * 8) * 2
     assert plan.work(replace(cfg, recompute=True), shape, 5) == (write, 1.5 * learn)
     assert plan.work(replace(cfg, mu=2), shape, 5) == (write, 2 * learn)
