@@ -497,6 +497,7 @@ def optimizer_step(params, optimizer, max_grad_norm):
 
 UserError = tasks.TaskError            # bad input: one sentence, naming flag or file
 HALF = (torch.bfloat16, torch.float16)
+SMALL = 2 ** 17                        # numbers in a matrix that is added up for each forward
 
 
 class Policy:
@@ -792,12 +793,9 @@ def add_adapters(policy, cfg):
             raise UserError(f"--model {cfg.model}: LoRA hit {len(hit)} of {len(layers)} linear "
                             "layers in numbered blocks; --lora_r 0 trains all weights")
     for layer in without_dropout(policy.model).modules():
-        if not hasattr(layer, "lora_A"):
-            continue
-        plain = isinstance(layer.base_layer, torch.nn.Linear) and not layer.lora_variant
-        if policy.dtype in HALF:       # autocast computes in 16 bits: do not cast up before it
-            layer.cast_input_dtype_enabled = False
-        elif plain and layer.lora_B["default"].bias is None:    # all but an --adapter like DoRA
+        if hasattr(layer, "lora_A") and policy.dtype in HALF:
+            layer.cast_input_dtype_enabled = False              # autocast computes in 16 bits
+        elif hasattr(layer, "lora_A") and small_and_plain(layer):
             layer.forward = partial(lora_forward, layer)
     if cfg.recompute and hasattr(getattr(base, "model", None), "set_activation_checkpointing"):
         base.model.set_activation_checkpointing("whole_layer")  # LLaDA's own switch
@@ -811,11 +809,11 @@ def add_adapters(policy, cfg):
 
 
 class LoraProduct(torch.autograd.Function):
-    """x (W + s B A)' + bias: LoRA in one large product, where x W' + s (x A') B' takes three.
+    """x (W + s B A)' + bias: LoRA in one product, where x W' + s (x A') B' takes three.
 
-    With many tokens that is faster, a forward of lab/tiny by a third. The gradients are those
-    of the three, so nothing of W's size is kept for them. For float32: in 16 bits the sum would
-    swallow the small B A.
+    With a small W and many tokens that is faster, a forward of lab/tiny by a third. The
+    gradients are those of the three, so nothing of W's size is kept for them. For float32: in
+    16 bits the sum would swallow the small B A.
     """
     @staticmethod
     def forward(ctx, x, W, bias, A, B, s):
@@ -832,12 +830,20 @@ class LoraProduct(torch.autograd.Function):
 
 
 def lora_forward(layer, x):
-    """A LoRA layer of peft: by LoraProduct, unless x has so few tokens that B A costs more."""
-    W, adapter, tokens = layer.base_layer.weight, "default", x.shape[:-1].numel()
-    if layer.disable_adapters or tokens * sum(W.shape) < W.numel():
-        return type(layer).forward(layer, x)
-    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    return LoraProduct.apply(x, W, layer.base_layer.bias, A, B, layer.scaling[adapter])
+    """What a LoRA layer of peft computes, by LoraProduct."""
+    base = layer.base_layer
+    if layer.disable_adapters:
+        return base(x)
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return LoraProduct.apply(x, base.weight, base.bias, A, B, layer.scaling["default"])
+
+
+def small_and_plain(layer):
+    """Is W + s B A all that it computes (DoRA is more), and cheap? Whatever the batch is: were
+    a few tokens computed otherwise than many, rollout and loss would round differently."""
+    base = layer.base_layer
+    return (isinstance(base, torch.nn.Linear) and base.weight.numel() <= SMALL
+            and not layer.lora_variant and layer.lora_B["default"].bias is None)
 
 
 def saved_adapter(base, cfg):

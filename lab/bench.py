@@ -285,9 +285,6 @@ def policies(args, cfg):
             print(f"{name} is left out: {e}")
             continue
         agrpo.add_adapters(policy, cfg)
-        for layer in policy.model.modules() if kind is OfficialWay else ():
-            if hasattr(layer, "lora_A"):
-                layer.__dict__.pop("forward", None)             # LoRA as peft computes it
         policy.eos_id, policy.fill_ids = -1, {-1}                           # nothing ends early
     return made
 

@@ -150,12 +150,18 @@ def lora_size(cfg, shape):
     return shape.layers * sum(cfg.lora_r * (i + o) for i, o in shape.adapted)
 
 
+def in_one(cfg, shape):
+    """Are a layer and its LoRA one product?"""
+    small = all(i * o <= agrpo.SMALL for i, o in shape.adapted)
+    return cfg.lora_r > 0 and cfg.dtype == "float32" and small
+
+
 def phases(cfg, shape, prompt):
     """{phase: bytes at its peak beside the weights} of learning, writing and evaluating."""
     W, b, learnt = cfg.how.W, BYTES[cfg.dtype], cfg.micro_batch * (prompt + cfg.C)
     kept = shape.layers * (shape.kept32 * 4 + shape.kept * b)   # a token, for the backward pass
-    # In 16 bits LoRA's output stands beside its layer's, in float32 the two are one product.
-    alive = shape.alive + (b == 2) * max(out for _, out in shape.adapted)
+    # LoRA's output stands beside its layer's, where the two are not one product.
+    alive = shape.alive + (not in_one(cfg, shape)) * max(out for _, out in shape.adapted)
     if cfg.recompute:
         # Only each block's input stays; one block at a time has all, and gradients beside.
         kept = shape.layers * shape.d * b + 1.1 * kept / shape.layers
@@ -188,8 +194,8 @@ def work(cfg, shape, prompt):
     rows, L = cfg.questions * cfg.G, prompt + cfg.C
     lora = lora_size(cfg, shape) * (cfg.lora_r > 0)
     token = 2 * (shape.active + lora) + 4 * L * shape.q * shape.layers      # L to attend to
-    # A forward in float32 multiplies by W + s B A; only the backward pass by A and B alone.
-    forward = token - 2 * lora * (cfg.dtype == "float32")
+    # In one product with W + s B A, only the backward pass multiplies by A and B alone.
+    forward = token - 2 * lora * in_one(cfg, shape)
     logits = 2 * shape.V * shape.d
     # The head sees a step's tokens, or all that are masked in the block: half of it on average.
     steps = cfg.block_length // cfg.how.W
