@@ -497,7 +497,9 @@ def optimizer_step(params, optimizer, max_grad_norm):
 
 UserError = tasks.TaskError            # bad input: one sentence, naming flag or file
 HALF = (torch.bfloat16, torch.float16)
-SMALL = 2 ** 17                        # numbers in a matrix that is added up for each forward
+# Numbers in a matrix that LoraProduct is for. A rule by tokens would be faster still, but let
+# rollout and loss round differently.
+SMALL = 2 ** 17
 
 
 class Policy:
@@ -793,8 +795,9 @@ def add_adapters(policy, cfg):
             raise UserError(f"--model {cfg.model}: LoRA hit {len(hit)} of {len(layers)} linear "
                             "layers in numbered blocks; --lora_r 0 trains all weights")
     for layer in without_dropout(policy.model).modules():
+        # In 16 bits peft would cast an adapter's input up, and autocast down again.
         if hasattr(layer, "lora_A") and policy.dtype in HALF:
-            layer.cast_input_dtype_enabled = False              # autocast computes in 16 bits
+            layer.cast_input_dtype_enabled = False
         elif hasattr(layer, "lora_A") and small_and_plain(layer):
             layer.forward = partial(lora_forward, layer)
     if cfg.recompute and hasattr(getattr(base, "model", None), "set_activation_checkpointing"):
@@ -839,8 +842,7 @@ def lora_forward(layer, x):
 
 
 def small_and_plain(layer):
-    """Is W + s B A all that it computes (DoRA is more), and cheap? Whatever the batch is: were
-    a few tokens computed otherwise than many, rollout and loss would round differently."""
+    """Is W + s B A cheap to add up, and all that the layer computes? (DoRA's is more.)"""
     base = layer.base_layer
     return (isinstance(base, torch.nn.Linear) and base.weight.numel() <= SMALL
             and not layer.lora_variant and layer.lora_B["default"].bias is None)

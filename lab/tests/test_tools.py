@@ -277,6 +277,8 @@ def test_the_work_of_a_rollout_and_of_recomputing_by_hand():
     assert write == 4 * (4 * L * (token - 2 * lora) + 12 * 2 * 100 * 8)      # W + s B A
     half, _ = plan.work(replace(cfg, dtype="bfloat16"), shape, 5)
     assert half == 4 * (4 * L * token + 12 * 2 * 100 * 8)
+    large, _ = plan.work(cfg, shape._replace(adapted=[(512, 512)]), 5)         # no such sum
+    assert large == half + 4 * 4 * L * 2 * 2 * (2 * 512 - 2 * 8)
     assert learn == 4 * 2 * (L * token + 3 * 2 * 100 * 8) * 2
     assert plan.work(replace(cfg, recompute=True), shape, 5) == (write, 1.5 * learn)
     assert plan.work(replace(cfg, mu=2), shape, 5) == (write, 2 * learn)
