@@ -293,6 +293,12 @@ def test_an_adapter_that_peft_made_computes_what_peft_computes(kind, tmp_path):
         assert b.abs().max() > 0 and (a - b).abs().max() < 1e-12 * b.abs().max()
 
 
+def test_large_layers_stay_as_peft_has_them(monkeypatch):
+    monkeypatch.setattr(agrpo, "SMALL", 100)
+    layers = [x for x in policy_of(shelf["base"]).model.modules() if hasattr(x, "lora_A")]
+    assert layers and not any("forward" in x.__dict__ for x in layers)
+
+
 def test_an_adapter_comes_back_and_only_to_its_model(tmp_path):
     policy, flag = policy_of(shelf["llada"]), ("--adapter", str(tmp_path))
     policy.model.save_pretrained(tmp_path)
