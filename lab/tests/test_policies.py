@@ -259,6 +259,20 @@ def test_a_model_that_ignores_what_it_must_not_see_is_refused(kind, name):
         seeing(name, kind)
 
 
+def test_nan_in_any_of_the_comparisons_is_refused(monkeypatch):
+    """Python's max of a number and NaN may be the number."""
+    plain = policies.BlockCausal.__call__
+
+    def broken(policy, ids, *rest):                  # where this block has a token at its end
+        return plain(policy, ids, *rest) * (torch.nan if ids[0, 7] == policy.eos_id else 1.0)
+
+    cfg = agrpo.parse(["--model", shelf["llada"], "--device", "cpu", "--trust_remote_code"])
+    model, tokenizer = agrpo.load_model(cfg)
+    monkeypatch.setattr(policies.BlockCausal, "__call__", broken)
+    with pytest.raises(agrpo.UserError, match="BlockCausal reads this model wrongly"):
+        policies.BlockCausal(model, tokenizer, tokenizer.mask_token_id)
+
+
 def test_a_stopped_run_goes_on_to_the_same_numbers(tmp_path, monkeypatch):
     # Random weights solve nothing: a reward of the text's letters keeps groups alive.
     monkeypatch.setattr(tasks, "grade_batch", lambda name, texts, examples: [
