@@ -497,8 +497,8 @@ def optimizer_step(params, optimizer, max_grad_norm):
 
 UserError = tasks.TaskError            # bad input: one sentence, naming flag or file
 HALF = (torch.bfloat16, torch.float16)
-# Numbers in a matrix that LoraProduct is for. A rule by tokens would be faster still, but let
-# rollout and loss round differently.
+# LoraProduct is for matrices of at most so many numbers. A rule that looks at the number of
+# tokens too would be faster still, but let rollout and loss round differently.
 SMALL = 2 ** 17
 
 

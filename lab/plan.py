@@ -151,9 +151,9 @@ def lora_size(cfg, shape):
 
 
 def in_one(cfg, shape):
-    """Are a layer and its LoRA one product?"""
+    """Are a layer and its LoRA one product? (Or is there no LoRA.)"""
     small = all(i * o <= agrpo.SMALL for i, o in shape.adapted)
-    return cfg.lora_r > 0 and cfg.dtype == "float32" and small
+    return not cfg.lora_r or cfg.dtype == "float32" and small
 
 
 def phases(cfg, shape, prompt):
