@@ -833,12 +833,12 @@ class LoraProduct(torch.autograd.Function):
 
 
 def lora_forward(layer, x):
-    """What a LoRA layer of peft computes, by LoraProduct."""
-    base = layer.base_layer
-    if layer.disable_adapters:
-        return base(x)
-    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return LoraProduct.apply(x, base.weight, base.bias, A, B, layer.scaling["default"])
+    """What a LoRA layer of peft computes: by LoraProduct, while its one adapter is in use."""
+    if layer.disable_adapters or layer.merged or layer.active_adapters != ["default"]:
+        return type(layer).forward(layer, x)
+    base, A, B = layer.base_layer, layer.lora_A["default"], layer.lora_B["default"]
+    s = layer.scaling["default"]
+    return LoraProduct.apply(x, base.weight, base.bias, A.weight, B.weight, s)
 
 
 def small_and_plain(layer):

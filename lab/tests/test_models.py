@@ -293,6 +293,24 @@ def test_an_adapter_that_peft_made_computes_what_peft_computes(kind, tmp_path):
         assert b.abs().max() > 0 and (a - b).abs().max() < 1e-12 * b.abs().max()
 
 
+@torch.no_grad()
+def test_what_peft_does_with_its_adapters_still_works():
+    from peft import LoraConfig
+
+    policy = policy_of(shelf["base"])
+    ids, at = torch.arange(20, 44).view(2, 12), torch.tensor([[3, 7]] * 2)
+    ask = partial(policy, ids, torch.ones_like(ids), at)
+    with policy.reference():
+        base = ask()
+    ours = ask()
+    policy.model.merge_adapter()                     # into the weights: not added once more
+    assert (ask() - ours).abs().max() < 1e-4 < (ours - base).abs().max()
+    policy.model.unmerge_adapter()
+    policy.model.add_adapter("second", LoraConfig(r=2, target_modules=["Wqkv"]))
+    policy.model.set_adapter("second")               # its B is zero
+    assert (ask() - base).abs().max() < 1e-4
+
+
 def test_large_layers_stay_as_peft_has_them(monkeypatch):
     monkeypatch.setattr(agrpo, "SMALL", 100)
     layers = [x for x in policy_of(shelf["base"]).model.modules() if hasattr(x, "lora_A")]
