@@ -790,15 +790,15 @@ def add_adapters(policy, cfg):
         torch.manual_seed(cfg.seed)
         lora = LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, target_modules=layers)
         policy.model = get_peft_model(base, lora) if layers else base
-        hit = [n for n, module in policy.model.named_modules() if hasattr(module, "lora_A")]
-        if not layers or len(hit) != len(layers):
-            raise UserError(f"--model {cfg.model}: LoRA hit {len(hit)} of {len(layers)} linear "
+        hit = len(lora_layers(policy.model))
+        if not layers or hit != len(layers):
+            raise UserError(f"--model {cfg.model}: LoRA hit {hit} of {len(layers)} linear "
                             "layers in numbered blocks; --lora_r 0 trains all weights")
-    for layer in without_dropout(policy.model).modules():
+    for layer in lora_layers(policy.model):
         # In 16 bits peft would cast an adapter's input up, and autocast down again.
-        if hasattr(layer, "lora_A") and policy.dtype in HALF:
+        if policy.dtype in HALF:
             layer.cast_input_dtype_enabled = False
-        elif hasattr(layer, "lora_A") and small_and_plain(layer):
+        elif small_and_plain(layer):
             layer.forward = partial(lora_forward, layer)
     if cfg.recompute and hasattr(getattr(base, "model", None), "set_activation_checkpointing"):
         base.model.set_activation_checkpointing("whole_layer")  # LLaDA's own switch
@@ -809,6 +809,10 @@ def add_adapters(policy, cfg):
     kinds = " ".join(dict.fromkeys(n.rpartition(".")[2] for n in layers))
     what = f"LoRA on {len(layers)} layers ({kinds})" if cfg.lora_r else "no LoRA"
     return f"{what}: {trained:,} of {total:,} parameters are trained"
+
+
+def lora_layers(model):
+    return [module for module in model.modules() if hasattr(module, "lora_A")]
 
 
 class LoraProduct(torch.autograd.Function):
@@ -865,7 +869,7 @@ def saved_adapter(base, cfg):
             raise ValueError(misfit)
         if not all(x.isfinite().all() for x in there.values()):
             raise ValueError("its weights are not finite, its training diverged")
-        return model
+        return without_dropout(model)                           # it may bring its own
     except Exception as e:                                      # damaged files raise anything
         why = misfit if "size mismatch" in str(e) else first_line(e)
         raise UserError(f"--adapter {cfg.adapter}: {why}; give the adapter/ folder of a run, "

@@ -285,8 +285,8 @@ def test_an_adapter_that_peft_made_computes_what_peft_computes(kind, tmp_path):
     policy = policy_of(shelf["base"], "--adapter", str(tmp_path), loud=False)
     policy.model.double()
     ours = logits_and_gradients(policy)
-    layers = [x for x in policy.model.modules() if hasattr(x, "lora_A")]
-    in_one = [layer.__dict__.pop("forward", None) is not None for layer in layers]
+    in_one = [layer.__dict__.pop("forward", None) is not None
+              for layer in agrpo.lora_layers(policy.model)]
     theirs = logits_and_gradients(policy)                       # without dropout here too
     assert in_one == [kind != "use_dora"] * 4 and len(ours) >= 9
     for a, b in zip(ours, theirs, strict=True):
@@ -313,7 +313,7 @@ def test_what_peft_does_with_its_adapters_still_works():
 
 def test_large_layers_stay_as_peft_has_them(monkeypatch):
     monkeypatch.setattr(agrpo, "SMALL", 100)
-    layers = [x for x in policy_of(shelf["base"]).model.modules() if hasattr(x, "lora_A")]
+    layers = agrpo.lora_layers(policy_of(shelf["base"]).model)
     assert layers and not any("forward" in x.__dict__ for x in layers)
 
 
