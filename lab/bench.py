@@ -318,7 +318,7 @@ def bench_update(args, cfg):
 
 
 def one_update(policy, q, A, pairs, cfg):
-    """Seconds of rollout and of loss, max |rho - 1|, peak GiB."""
+    """Seconds of rollout and of loss, max |rho - 1|, GiB at the peak beside the weights."""
     def now():
         if q.is_cuda:
             torch.cuda.synchronize()
@@ -326,6 +326,7 @@ def one_update(policy, q, A, pairs, cfg):
 
     if q.is_cuda:
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
     start, rand = now(), agrpo.row_random(range(len(q)))
     traj = agrpo.rollout(policy, q, torch.ones_like(q), cfg.how, rand)
     rolled = now()
@@ -335,7 +336,7 @@ def one_update(policy, q, A, pairs, cfg):
         ratio = agrpo.add_gradient(policy, traj, A, pairs, cfg.eps, cfg.micro_batch).ratio
     end = now()
     policy.model.zero_grad(set_to_none=True)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if q.is_cuda else 0.0
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if q.is_cuda else 0.0
     return rolled - start, end - rolled, (ratio - 1).abs().max().item(), peak
 
 
@@ -392,44 +393,66 @@ class Count(TorchDispatchMode):
 
 def bench_count(args, cfg):
     from torch._subclasses.fake_tensor import FakeTensorMode
-    shape = "llada-8b" if args.shape == "small" else args.shape
-    policy = agrpo.Policy(*build(shape, torch.bfloat16, "meta"), MASK, "cpu")
-    agrpo.add_adapters(policy, replace(cfg, lora_r=64))
+    shape, here = "llada-8b" if args.shape == "small" else args.shape, torch.cuda.is_available()
     print(f"{shape}, bfloat16, LoRA r 64, plain policy, 584 tokens a row, 3 of them scored.\n"
           f"ms: assuming {BANDWIDTH / 1e12} TB/s, {PEAK[2] / 1e12:.0f} TFLOP/s in 16 bits and "
-          f"{PEAK[4] / 1e12:.0f} in float32\n\n{'':61s}{'GB':>6s}{'TFLOP 16 bit':>14s}"
-          f"{'float32':>9s}{'ms':>6s}")
-    kinds = ("no adapters", "float32 adapters", "the same under bf16 autocast")
+          f"{PEAK[4] / 1e12:.0f} in float32" + here * f"; beside it measured on "
+          f"{torch.cuda.get_device_name() if here else ''}, median of five"
+          f"\n\n{'':61s}{'GB':>6s}{'TFLOP 16 bit':>14s}{'float32':>9s}{'ms':>6s}"
+          + here * f"{'measured':>10s}")
+    policy = counted_policy(shape, "meta")
+    real = counted_policy(shape, "cuda") if here else None
     with FakeTensorMode(allow_non_fake_inputs=True):
         # Tensors on "meta" have no autocast. These have no memory either, but a device.
         policy.model.to_empty(device="cpu")
-        # Without adapters there is nothing to differentiate.
-        for what, rows, names in (("rollout step, 16 rows", 16, kinds),
-                                  ("loss pass, 4 rows", 4, kinds[1:])):
-            for name in names:
-                count = count_pass(policy, rows, name, backward=rows == 4)
-                half, single = count.flops[2] / 1e12, count.flops[4] / 1e12
-                print(f"{what:25s}{name:36s}{count.bytes / 1e9:6.0f}{half:14.1f}{single:9.2f}"
-                      f"{count.ms:6.0f}")
+    kinds = ("no adapters", "float32 adapters", "the same under bf16 autocast")
+    # Without adapters there is nothing to differentiate.
+    for what, rows, names in (("rollout step, 16 rows", 16, kinds),
+                              ("loss pass, 4 rows", 4, kinds[1:])):
+        for name in names:
+            with FakeTensorMode(allow_non_fake_inputs=True), Count() as count:
+                one_pass(policy, rows, name)
+            measured = f"{measure_pass(real, rows, name):10.0f}" if here else ""
+            half, single = count.flops[2] / 1e12, count.flops[4] / 1e12
+            print(f"{what:25s}{name:36s}{count.bytes / 1e9:6.0f}{half:14.1f}{single:9.2f}"
+                  f"{count.ms:6.0f}{measured}")
 
 
-def count_pass(policy, rows, name, backward, L=584, W=3):
-    """One forward of rows of L tokens, W of them scored, and if asked its backward."""
-    autocast = name.endswith("autocast")
+def counted_policy(shape, device):
+    model, words = build(shape, torch.bfloat16, device)
+    policy = agrpo.Policy(model, words, MASK, "cpu" if device == "meta" else device)
+    agrpo.add_adapters(policy, agrpo.parse(["--lora_r", "64"]))
+    return policy
+
+
+def one_pass(policy, rows, name, L=584, W=3):
+    """A forward of rows of L tokens, W of them scored; of 4 rows the backward, too."""
+    autocast, backward = name.endswith("autocast"), rows == 4
     for module in policy.model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = not autocast      # on as peft leaves it
-    ids, mask = torch.zeros(2, rows, L, dtype=torch.int64).unbind()
-    policy.positions = torch.zeros(rows, W, dtype=torch.int64)
+    ids = torch.randint(1000, (rows, L), device=policy.device)
+    policy.positions = ids[:, :W] % L
     nothing = contextlib.nullcontext()
     adapters = policy.reference() if name == "no adapters" else nothing
-    with torch.set_grad_enabled(backward), adapters, Count() as count:
+    with torch.set_grad_enabled(backward), adapters:
         with policy.autocast() if autocast else nothing:
-            logits = policy.model(input_ids=ids, attention_mask=mask).logits
+            logits = policy.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         if backward:
             logits.sum().backward()
     policy.model.zero_grad()
-    return count
+
+
+def measure_pass(policy, rows, name):
+    """Median milliseconds of five passes, after two that warm up."""
+    times = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        one_pass(policy, rows, name)
+        torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[2:])
 
 
 # --- What is typed ----------------------------------------------------------------------------
