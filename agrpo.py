@@ -679,6 +679,7 @@ def load_model(cfg):
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
+        config.reference_compile = False        # ModernBERT would compile each layer on a GPU
         own = own_class(config, source, where) if remote else None
         options = dict(config=config, dtype=getattr(torch, cfg.dtype), output_loading_info=True)
         if own:                        # through the base class: Dream's method loses the report
@@ -1019,13 +1020,20 @@ def train(policy, data, cfg, params, optimizer, first=0, gradient=policy_gradien
 
 
 def check_ratio(policy, ratio):
-    """Before the first optimizer step pi_theta is pi_old: any other ratio is a fault."""
-    off = max(gather((ratio - 1).abs().amax().item() if len(ratio) else 0.0))
-    tolerance = 0.3 if policy.dtype in HALF else 1e-3
-    if not off < tolerance:
-        raise UserError(f"max|ratio - 1| is {off:.2g} before the first optimizer step, not "
-                        f"below {tolerance}: rollout and loss disagree; see the model's code")
-    say(f"max|ratio - 1| before the first optimizer step: {off:.1e}")
+    """Before the first optimizer step pi_theta is pi_old: any other ratio is a fault.
+
+    In 16 bits a GPU rounds a product of few rows otherwise than one of many, and a single token
+    may be off by 0.2 (measured at 8B): there the mean decides.
+    """
+    off = (ratio - 1).abs() if len(ratio) else torch.zeros(1)
+    worst, mean = torch.tensor(gather((off.amax().item(), off.mean().item()))).amax(dim=0)
+    decides, tolerance = (mean, 0.1) if policy.dtype in HALF else (worst, 1e-3)
+    found = (f"max|ratio - 1| before the first optimizer step: {worst:.1e}"
+             + f", its mean {mean:.1e}" * (policy.dtype in HALF))
+    if not decides < tolerance:
+        raise UserError(f"{found}, not below {tolerance}: rollout and loss disagree; see the "
+                        "model's code")
+    say(found)
 
 
 def statistics(policy, traj, grades, A, seen, cfg):

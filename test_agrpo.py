@@ -695,6 +695,20 @@ def test_a_policy_with_dropout_is_found_before_it_learns(toy_task):
     assert torch.equal(policy.W, before)
 
 
+def test_before_the_first_step_a_ratio_is_one_up_to_rounding():
+    """In 16 bits that is more, for a single token much more: so there the mean counts."""
+    def passes(*ratio, dtype):
+        try:
+            agrpo.check_ratio(SimpleNamespace(dtype=dtype), tensor(ratio))
+        except agrpo.UserError:
+            return False
+        return True
+    single, half = (functools.partial(passes, dtype=x) for x in (torch.float32, torch.bfloat16))
+    assert single(1, 1.0005) and not single(1, 1.002) and not single(1, math.nan)
+    assert half(1, 1, 1, 1.3) and not half(1.2, 0.8) and not half(1, math.nan)
+    assert single() and half()                                  # every group was dead
+
+
 def test_learning_on_the_toy_raises_the_expected_reward(toy_task):
     cfg = replace(TOY, updates=40, lr=0.05, questions=12, G=8, rollout_batch=512)
     policy, data = Toy(cfg.C), [dict(want=A_)] * 300

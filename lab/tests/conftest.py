@@ -254,8 +254,10 @@ def forked(tmp_path_factory):
                 for process, log in zip(members, logs)]
 
     with pytest.MonkeyPatch.context() as patch:
-        paths = [str(ROOT), str(Path(__file__).parent)]
-        patch.setenv("PYTHONPATH", os.pathsep.join(paths))      # for the server's imports
+        # For the server's imports. It sees no GPU: CUDA does not outlive a fork.
+        for path in (str(ROOT), str(Path(__file__).parent)):
+            patch.setenv("PYTHONPATH", path, prepend=os.pathsep)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
         yield call
 
 
