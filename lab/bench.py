@@ -346,7 +346,7 @@ def print_updates(runs):
         return f"{statistics.median(values):.2f} [{min(values):.2f}, {max(values):.2f}]"
 
     print(f"\n{'':19s}{'rollout, s':24s}{'loss, s':24s}{'times as fast: rollout':>22s}"
-          f"{'loss':>6s}{'update':>8s}{'max|rho-1|':>12s}{'GiB':>5s}")
+          f"{'loss':>6s}{'update':>8s}{'max|rho-1|':>12s}{'GiB':>6s}")
     first = None
     for name, found in runs.items():
         rollout, loss, off, peak = zip(*found)
@@ -355,7 +355,7 @@ def print_updates(runs):
         first = first or medians
         a, b, c = (base / ours for base, ours in zip(first, medians))
         print(f"{name:19s}{spread(rollout):24s}{spread(loss):24s}{a:22.2f}{b:6.2f}{c:8.2f}"
-              f"{max(off):12.0e}{max(peak):5.0f}")
+              f"{max(off):12.0e}{max(peak):6.1f}")
 
 
 # --- count ------------------------------------------------------------------------------------
