@@ -1475,8 +1475,9 @@ def versions():
 def header(cfg, policy, training, held_out):
     """Versions, device, what differs from the defaults, and the counts that follow."""
     # One line on where this runs.
-    on_cpu = torch.device(cfg.device).type == "cpu"
-    where = f"{torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name()
+    where = f"{torch.get_num_threads()} threads"
+    if cfg.device != "cpu":
+        where = torch.cuda.get_device_name(cfg.device)
     say(f"AGRPO | {', '.join(f'{name} {v}' for name, v in versions().items())} | {cfg.device}, "
         f"{where}, {processes()[1]} process(es) | seed {cfg.seed} | {cfg.out}")
     # What differs from Config's defaults, seven a line.
