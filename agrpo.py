@@ -544,13 +544,8 @@ class Policy:
         """ids, mask (N, L), positions (N, W) -> logits (N, W, V). Sees the whole text."""
         if not self.ignores_mask:
             return self.logits(ids, mask, positions)
-        # The model would read padding as text: it gets rows of one length at a time, cut to it.
-        padding, parts, order = (mask == 0).sum(dim=1), [], []
-        for n in padding.unique().tolist():
-            rows = (padding == n).nonzero()[:, 0]
-            parts.append(self.logits(ids[rows, n:], mask[rows, n:], positions[rows] - n))
-            order.append(rows)
-        return torch.cat(parts)[torch.cat(order).argsort()]
+        return one_length_at_a_time(mask, lambda rows, n: self.logits(
+            ids[rows, n:], mask[rows, n:], positions[rows] - n))
 
     def logits(self, ids, mask, positions):
         """One forward pass of the model, on all it can see."""
@@ -609,6 +604,19 @@ class Policy:
     def decode(self, o):
         return self.tokenizer.batch_decode(o, skip_special_tokens=True,
                                            clean_up_tokenization_spaces=False)
+
+
+def one_length_at_a_time(mask, read):
+    """For a model that would read padding as text: rows of one length, their padding cut off.
+
+    read(rows, n) -> logits of these rows, whose first n tokens are padding. -> all, in order
+    """
+    padding, parts, order = (mask == 0).sum(dim=1), [], []
+    for n in padding.unique().tolist():
+        rows = (padding == n).nonzero()[:, 0]
+        parts.append(read(rows, n))
+        order.append(rows)
+    return torch.cat(parts)[torch.cat(order).argsort()]
 
 
 # Naming one of these runs the Python code that comes with it, of this commit (None: newest).

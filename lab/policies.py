@@ -31,7 +31,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from agrpo import HALF, Block, Policy, UserError, first_line
+from agrpo import HALF, Block, Policy, UserError, first_line, one_length_at_a_time
 
 # Printed when such a policy is chosen.
 CHECK = "evaluate with and without it before training, and a trained model with it"
@@ -133,14 +133,9 @@ class FrozenContext(Seeing):
         """ids, mask (N, L), positions (N, W) in the block -> logits (N, W, V)."""
         if not self.ignores_mask:
             return self.by_block(ids, mask, positions, block)
-        # As Policy does for such a model: rows of one length at a time, their padding cut off.
-        padding, parts, order = (mask == 0).sum(dim=1), [], []
-        for n in padding.unique().tolist():
-            rows = (padding == n).nonzero()[:, 0]
-            cut = Block(block.start - n, block.end - n, block.kept.setdefault(n, {}))
-            parts.append(self.by_block(ids[rows, n:], mask[rows, n:], positions[rows] - n, cut))
-            order.append(rows)
-        return torch.cat(parts)[torch.cat(order).argsort()]
+        return one_length_at_a_time(mask, lambda rows, n: self.by_block(
+            ids[rows, n:], mask[rows, n:], positions[rows] - n,
+            Block(block.start - n, block.end - n, block.kept.setdefault(n, {}))))
 
     def by_block(self, ids, mask, positions, block):
         """The two passes."""
