@@ -63,7 +63,7 @@ from kernels import logprobs_and_entropy, support_logprobs_and_entropy
 # ==============================================================================================
 #   state   x_t  the prompt, the tokens revealed before step t, [MASK] everywhere else
 #   action  a_t  the W tokens revealed at step t:  log pi(a_t | x_t) = sum log p(token | x_t)
-#                (where, is settled before: by chance or by x_t alone, see § 2)
+#                (which positions, is settled before: by chance or from x_t alone, § 2)
 #   reward  r    a checker's verdict on the finished text, once, at the end
 #
 # One rollout, C = 6 tokens in m = 3 steps, so W = 2:
@@ -129,7 +129,7 @@ class Trajectory(NamedTuple):
     step_of: torch.Tensor              # (B, C) 0..m-1; m: never drawn, the row had ended before
     logp_old: torch.Tensor             # (B, C) float64, log-probability when drawn
     entropy: torch.Tensor              # (B, C) float64, of what it was drawn from, nats
-    support: Optional[torch.Tensor]    # (B, C, top_k) int32, what it was drawn among, -1
+    support: Optional[torch.Tensor]    # (B, C, top_k) int32 ids it was drawn among; -1: none
     how: Decoding
 
 
@@ -159,7 +159,7 @@ def denoise(policy, q, q_mask, x_t, where, block):
     ids = torch.cat([q, x_t], dim=1)                                        # (N, L)
     mask = torch.cat([q_mask, torch.ones_like(x_t)], dim=1)
     logits = policy(ids, mask, where + q.shape[1], block)
-    # [MASK] is no token, and some models have logits for ids that stand for nothing.
+    # [MASK] is no token, and some models have logits for ids that stand for nothing: never_ids.
     never = sorted({policy.mask_id, *getattr(policy, "never_ids", ())})
     logits = logits.index_fill(-1, torch.tensor(never, device=ids.device), -math.inf)
     # The largest logit is NaN if any is. Unseen, a greedy draw would go on in silence.
@@ -178,8 +178,8 @@ def score(logits, tokens, how, support=None):
     if support is None:
         logp, H = logprobs_and_entropy(flat, labels, temperature=T)
     else:
-        among = support.flatten(0, 1)
-        logp, H = support_logprobs_and_entropy(flat, among, labels, temperature=T)
+        logp, H = support_logprobs_and_entropy(flat, support.flatten(0, 1), labels,
+                                               temperature=T)
     return logp.view_as(tokens), H.view_as(tokens)
 
 
@@ -188,7 +188,7 @@ def score(logits, tokens, how, support=None):
 # ==============================================================================================
 
 def uniforms(*shape):
-    """float64 in [0, 1): float32 would round up to 1.0 now and then."""
+    """float64 in [0, 1): in float32, sums and quotients of it would round up to 1.0."""
     return torch.rand(*shape, dtype=torch.float64)
 
 
@@ -196,7 +196,8 @@ def inverse_cdf(p, u):
     """The outcome that each u falls on: the first i with p_0 + ... + p_i > u * sum(p).
 
     p (N, K) >= 0, need not sum to 1; u (N, J) in [0, 1]. Returns (N, J) int64: never an outcome
-    of probability 0 nor one past the end, though the CDF may fall short of 1 by rounding.
+    of probability 0 nor one past the end, though the CDF may fall short of 1 by rounding. (In a
+    row of zeros there is no other: it gives K.)
     """
     cdf = p.double().cumsum(dim=-1)
     total = cdf[:, -1:]
@@ -226,7 +227,7 @@ def sample_tokens(logits, u, how):
 
 
 def confidence(logits, unmasking):
-    """How sure the model is of a position before it draws there: (N, W, V) -> (N, W)."""
+    """How sure the model is of a position at T = 1, before it draws: (N, W, V) -> (N, W)."""
     likeliest = logits.argmax(dim=-1)
     logp, H = logprobs_and_entropy(logits.flatten(0, 1), likeliest.flatten())
     return (logp if unmasking == "max_prob" else -H).view_as(likeliest)
@@ -246,6 +247,7 @@ def rollout(policy, q, q_mask, how, rand=uniforms):
     step_of = q.new_full((B, how.C), how.m)
     logp_old, entropy = torch.zeros(2, B, how.C, dtype=torch.float64, device=dev)
     support = None
+    # By these the positions are sorted, and each token is drawn.
     order, u = rand(B, how.C).to(dev), rand(B, how.m, W).to(dev)
     fill = torch.tensor(sorted(getattr(policy, "fill_ids", [policy.eos_id])), device=dev)
     row = torch.arange(B, device=dev)                           # rows still being written, (R,)
@@ -268,7 +270,7 @@ def rollout(policy, q, q_mask, how, rand=uniforms):
         # and entropy choose by theta, but without chance: where no order flips, that choice has
         # no gradient. All rows have equally many left.
         still = step_of[row, start:start + block_length] == how.m
-        masked = start + still.nonzero()[:, 1].view(len(row), -1)               # (R, c)
+        masked = start + still.nonzero()[:, 1].view(len(row), -1)               # (R, left)
         if how.unmasking == "random":
             chosen = order[row].gather(1, masked).argsort(dim=1)[:, :W]
             where = masked.gather(1, chosen)                                    # (R, W)
@@ -280,17 +282,17 @@ def rollout(policy, q, q_mask, how, rand=uniforms):
             logits = logits[torch.arange(len(row), device=dev)[:, None], chosen]
 
         # What: a token at each, independently. Remember how likely it was.
-        tokens, among = sample_tokens(logits, u[row, t], how)
-        logp, H = score(logits, tokens, how, among)
+        tokens, support_t = sample_tokens(logits, u[row, t], how)
+        logp, H = score(logits, tokens, how, support_t)
         at = (row[:, None], where)
         o[at] = tokens
         step_of[at] = t
         logp_old[at] = logp.double()
         entropy[at] = H.double()
-        if among is not None:
+        if support_t is not None:
             if support is None:
-                support = among.new_full((B, how.C, among.shape[-1]), -1)
-            support[at] = among
+                support = support_t.new_full((B, how.C, support_t.shape[-1]), -1)
+            support[at] = support_t
     return Trajectory(q, q_mask, o, step_of, logp_old, entropy, support, how)
 
 
@@ -328,13 +330,12 @@ FOLLOW = ("surprise", "entropy", "uniform")
 
 def per_step(traj, values):
     """Sum a value per token over the tokens of each step: (B, C) -> (B, m)."""
-    sums = values.new_zeros(len(values), traj.how.m + 1)
-    sums = sums.scatter_add(1, traj.step_of, values)
+    sums = values.new_zeros(len(values), traj.how.m + 1).scatter_add(1, traj.step_of, values)
     return sums[:, :-1]                                         # column m: places never drawn
 
 
 def timestep_probs(traj, follow="surprise", floor=0.1):
-    """p_t (B, m) float64: how much a step decided, and 10 % uniform to bound the weights.
+    """p_t (B, m) float64, by how much a step decided; a share `floor` uniform bounds weights.
 
     entropy    of the step's distributions: the paper's choice
     surprise   sqrt(sum over its tokens of (1 - p)^2): ours. At the logits, grad log p is
@@ -345,14 +346,13 @@ def timestep_probs(traj, follow="surprise", floor=0.1):
     if follow == "uniform":
         return uniform
     if follow == "entropy":
-        weight = per_step(traj, traj.entropy.clamp(min=0))
+        weight = per_step(traj, traj.entropy.clamp(min=0))      # below 0 by rounding
     else:
         weight = per_step(traj, (1 - traj.logp_old.exp()).square()).sqrt()
     total = weight.sum(dim=1, keepdim=True)
     # A total so small that its quotients lose digits says nothing: then every step alike.
-    something = total > 1e-100
-    mixed = (1 - floor) * weight / total.where(something, 1.0) + floor * uniform
-    return torch.where(something, mixed, uniform)
+    mixed = (1 - floor) * weight / total + floor * uniform
+    return torch.where(total > 1e-100, mixed, uniform)
 
 
 def sample_timesteps(p, k, offset):
@@ -362,9 +362,9 @@ def sample_timesteps(p, k, offset):
     n / (k floor) in a row of n steps. A step drawn twice is one pair of twice the weight, which
     may exceed that bound. A row of zeros yields nothing.
     """
-    u = (torch.arange(k) + offset.cpu()) / k                                # (B, k)
-    t = inverse_cdf(p, u.to(p.device)).clamp(max=p.shape[1] - 1)
-    draws = torch.zeros_like(p).scatter_add(1, t, torch.ones_like(u).to(p))
+    u = (torch.arange(k, device=p.device) + offset.to(p)) / k               # (B, k)
+    t = inverse_cdf(p, u).clamp(max=p.shape[1] - 1)             # for the rows of zeros
+    draws = torch.zeros_like(p).scatter_add(1, t, torch.ones_like(u))
     rows, steps = (draws * (p > 0)).nonzero().unbind(dim=1)
     return rows, steps, draws[rows, steps] / (k * p[rows, steps])
 
@@ -376,8 +376,8 @@ def sample_timesteps(p, k, offset):
 def step_logprobs(policy, traj, rows, steps):
     """log pi_theta of what pairs (row, step) revealed, by one forward pass; and log pi_old.
 
-    rows, steps (N,), the steps all of one block, unless the policy ignores blocks. Returns
-    (N, W) with gradient, (N, W).
+    rows, steps (N,): steps that acted, all of one block, unless the policy ignores blocks.
+    Returns (N, W) with gradient, (N, W).
     """
     # x_t again: the tokens revealed before step t, [MASK] elsewhere. And where step t acted.
     step_of = traj.step_of[rows]                                            # (N, C)
@@ -387,8 +387,8 @@ def step_logprobs(policy, traj, rows, steps):
     logits = denoise(policy, traj.q[rows], traj.q_mask[rows], x_t, where, block)
     # Under the very distribution they were drawn from: its temperature, its truncated support.
     at = (rows[:, None], where)                                             # (N, W)
-    among = None if traj.support is None else traj.support[at]
-    logp, _ = score(logits, traj.o[at], traj.how, among)
+    support = None if traj.support is None else traj.support[at]
+    logp, _ = score(logits, traj.o[at], traj.how, support)
     return logp, traj.logp_old[at].to(logp)
 
 
@@ -396,12 +396,12 @@ def clipped_objective(logp, logp_old, A, eps=0.2):
     """J = min(rho A, clip(rho, 1 - eps, 1 + eps) A),  rho = pi / pi_old, to be maximised.
 
     logp, logp_old (N, W) per token, or (N, 1) summed over the step's tokens: the product of
-    their ratios is that of the MDP's action. A (N, 1). Returns J and rho, without gradient.
+    their ratios is that of the MDP's action. A (N, 1). Returns J, and rho without gradient.
     """
     log_ratio = logp - logp_old
     ratio = log_ratio.detach().exp()
-    # Where the clip holds, J is a constant. Taking log_ratio out there keeps a ratio that
-    # overflows from sending 0 * inf back.
+    # Where the clip holds, or A = 0, J is a constant. Taking log_ratio out there keeps a ratio
+    # that overflows from sending 0 * inf back.
     clipped = ((A > 0) & (ratio > 1 + eps)) | ((A < 0) & (ratio < 1 - eps)) | (A == 0)
     free = log_ratio.masked_fill(clipped, 0.0).exp() * A
     bound = (1 + eps * A.sign()) * A
@@ -435,6 +435,7 @@ def add_gradient(policy, traj, A, pairs, eps=0.2, micro_batch=32, ratio_per="tok
 
         J = 1/B sum_rows 1/m sum_j w_j sum_tokens [min(rho A, clip(rho) A) - beta rho k3]
 
+    1/m is a scale only: the official code takes the mean over the steps, not the sum.
     A (B,); pairs: rows, steps, w, each (N,). One backward per micro-batch, so that one graph is
     alive at a time; gradients add up to that of the whole. With beta, policy.reference() is a
     context in which the policy is the reference. Before the first optimizer step Seen.ratio
@@ -442,11 +443,11 @@ def add_gradient(policy, traj, A, pairs, eps=0.2, micro_batch=32, ratio_per="tok
     """
     B, m = len(A), traj.how.m
     nothing = traj.logp_old.new_zeros(0, dtype=torch.float32)
-    seen = [Seen(nothing, nothing, nothing, 0)]
+    seen = [Seen(nothing, nothing, nothing, 0)]                 # there may be no pairs
     # One forward never mixes blocks: a policy may see each differently.
     block = traj.how.block_start(pairs[1])
-    of_a_block = [(block == b).nonzero()[:, 0] for b in block.unique()]
-    for part in [part for pairs_of in of_a_block for part in pairs_of.split(micro_batch)]:
+    for part in [part for b in block.unique()
+                 for part in (block == b).nonzero()[:, 0].split(micro_batch)]:
         rows, steps, w = (x[part] for x in pairs)
         logp, logp_old = step_logprobs(policy, traj, rows, steps)           # (N, W)
         A_pair = A[rows, None].to(logp)
@@ -495,11 +496,8 @@ def optimizer_step(params, optimizer, max_grad_norm):
 # § 7 A transformers model as the policy
 # ==============================================================================================
 
-UserError = tasks.TaskError            # bad input: one sentence, naming flag or file
+UserError = tasks.TaskError            # bad input: a ValueError of one sentence, told in § 9
 HALF = (torch.bfloat16, torch.float16)
-# LoraProduct is for matrices of at most so many numbers. A rule that looks at the number of
-# tokens too would be faster still, but let rollout and loss round differently.
-SMALL = 2 ** 17
 
 
 class Policy:
@@ -527,8 +525,8 @@ class Policy:
         self.is_dream = "dream" in model.config.model_type.lower()
         self.shift = int(self.is_dream)
         self.ignores_mask = False                               # found out by look_at
-        # bf16 logits would move a ratio by up to 1.19, and the clip is 0.2 wide. So the head
-        # computes in float32, under autocast too. One tied to the embedding gets its own copy.
+        # bf16 logits would move rho by a factor of up to 1.19, and the clip is 0.2 wide. So the
+        # head computes in float32, under autocast too. A tied one gets a copy of its own.
         for name, p in list(head.named_parameters(recurse=False)):
             if p.dtype in HALF:
                 setattr(head, name, torch.nn.Parameter(p.detach().float(), requires_grad=False))
@@ -579,6 +577,7 @@ class Policy:
                                padding=True, padding_side="left", return_attention_mask=True)
         q, q_mask = batch["input_ids"], batch["attention_mask"]
         # A word that the tokenizer lacks would make another problem of it than the one graded.
+        # (Where [UNK] is EOS or padding too, it tells nothing.)
         unknown = self.tokenizer.unk_token_id
         lacking = (q == (-1 if unknown is None else unknown)).any(dim=1)
         if lacking.any() and unknown not in self.fill_ids:
@@ -820,6 +819,11 @@ def add_adapters(policy, cfg):
     return f"{what}: {trained:,} of {total:,} parameters are trained"
 
 
+# LoraProduct is for matrices of at most so many numbers. A rule that looks at the number of
+# tokens too would be faster still, but let rollout and loss round differently.
+SMALL = 2 ** 17
+
+
 def lora_layers(model):
     return [module for module in model.modules() if hasattr(module, "lora_A")]
 
@@ -939,7 +943,7 @@ def questions(n, per_update, update, seed):
 def learning_rate(cfg, step):
     """Linear warm-up over 1 % of the optimizer steps, then cosine to 0."""
     total = cfg.updates * cfg.mu
-    warm = max(1, round(0.01 * total))
+    warm = max(1, round(0.01 * total))                          # it may be all there is: + 1
     cosine = 0.5 * (1 + math.cos(math.pi * max(0, step + 1 - warm) / (total - warm + 1)))
     return cfg.lr * min((step + 1) / warm, cosine)
 
@@ -1176,8 +1180,8 @@ class Config:
         return [self.how] * self.eval_sampled + greedy
 
 
-# tiny: measured here, see README. llada: the paper's settings, but its learning rate came with
-# 24 optimizer steps an update, so ours is to be swept. qwen: a guess for a consumer GPU.
+# tiny: measured here, see README. llada: the paper's settings, but its learning rate belongs to
+# 24 optimizer steps an update and is to be swept for one. qwen: a guess for a consumer GPU.
 PRESETS = {
     "tiny": dict(model="lab/tiny"),
     "llada": dict(

@@ -33,12 +33,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+
+if not torch.cuda.is_available():
+    # Read when triton is first imported, as flop_counter does.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")      # read when triton is first imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import agrpo

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import add_gradient, policy_of, shelf
 
 import agrpo
 import tasks
@@ -137,6 +138,20 @@ def test_the_task_of_ones_own_makes_problems_and_grades(my_task):
     assert (short.reward, short.correct) == (1.0, False)
 
 
+def test_the_policy_of_ones_own_runs(tmp_path):
+    (tmp_path / "my_policy.py").write_text(python_block("# my_policy.py"))
+    name = str(tmp_path / "my_policy.py") + ":NoFuture"
+    policy = policy_of(shelf["base"], "--policy", name)
+    traj, seen = add_gradient(policy)
+    assert (seen.ratio - 1).abs().max() < 1e-5
+    # What stands behind the block moves nothing in it.
+    other = torch.where(torch.arange(8) < 4, traj.o, traj.o.flip(1))
+    at, block = torch.arange(4).expand(2, -1), agrpo.enter_block(traj.q, traj.how, 0)
+    first, second = (agrpo.denoise(policy, traj.q, traj.q_mask, o, at, block)
+                     for o in (traj.o, other))
+    assert torch.equal(first, second)
+
+
 def test_the_loop_to_lift_runs_and_moves_the_model():
     class Model(torch.nn.Module):
         def __init__(self):
@@ -153,8 +168,7 @@ def test_the_loop_to_lift_runs_and_moves_the_model():
     names = dict(
         agrpo=agrpo, torch=torch, model=model, MASK=6, EOS=5, q=q, q_mask=torch.ones_like(q),
         tokenizer=argparse.Namespace(batch_decode=torch.Tensor.tolist),
-        my_checker=lambda texts: torch.tensor([float(text.count(1)) for text in texts]),
-        optimizer=torch.optim.SGD(model.parameters(), lr=10.0))
+        my_checker=lambda texts: [float(text.count(1)) for text in texts])
     exec(python_block("class MyPolicy"), names)
     assert (names["seen"].ratio - 1).abs().max() < 1e-5
     # Token 1 is what the checker pays for.
