@@ -16,8 +16,9 @@ logit in bfloat16 (counted, operation by operation):
     each reading and writing all of (N, V)                                      50        98
     one fused pass: read x; in the backward read x again and write dx            2         4
 
-A GPU adds faster than it reads, so bytes are time. Where sampling kept only the likeliest K
-tokens, rows are no wider than that: `support_logprobs_and_entropy`, the same kernel on (N, K).
+A GPU adds faster than it reads, so bytes are time: on an H200 2,048 rows take 0.16 ms forward
+and 0.26 backward, plain PyTorch 3.7 and 5.7 (lab/bench.py). Where sampling kept only the
+likeliest K tokens, rows are no wider: `support_logprobs_and_entropy`, the same kernel on (N, K).
 
 Left out: a fused LM head (for few rows it costs what reading its weights costs, whatever
 follows), autotuning, ignored labels, second derivatives. Needs torch; triton only on a GPU.
@@ -83,6 +84,8 @@ def logprobs_and_entropy_reference(logits, labels, positions=None, temperature=1
 #
 #     one tile = 8192 logits = 256 threads x 32 logits, read 16 bytes at a time
 #
+# `kernel[(N,)](...)` launches N programs, `kernel[(N, T)](...)` a table of them.
+#
 # A row of 126464 float32 is 506 KB; all registers of one of the GPU's cores (an SM) are 256 KB.
 # So a program can't hold its row. It walks along it, a tile at a time, and keeps three running
 # numbers (online softmax, Milakov & Gimelshein, arXiv 1805.02867), with z = (x - M) / T:
@@ -92,7 +95,8 @@ def logprobs_and_entropy_reference(logits, labels, positions=None, temperature=1
 #
 # A *mask* says which numbers of a tile exist: the last tile reaches past V, and what is not
 # there is read as `other`. A *constexpr* is known when the kernel is compiled, as the size of a
-# tile must be. The hardware has 2^x, not e^x, so inside the kernel z and u live in base 2:
+# tile must be. The hardware has 2^x, not e^x, so inside the kernel z and u live in base 2, and
+# log2(e) = 1.44.. and ln(2) = 0.69.. stand there as numbers:
 #
 #     base 2      z2 = log2(e) z    e^z = 2^z2    u2 = log2(e) u    log2 p = z2 - log2 s
 #     natural     z  = ln(2) z2                   u  = ln(2) u2     log p  = ln(2) log2 p
@@ -169,7 +173,7 @@ def _backward_kernel(x_ptr, y_ptr, positions_ptr, logp_ptr, H_ptr, M_ptr, log_s_
     g_H = tl.load(g_H_ptr + i) * inv_T
     # dx = g_logp (1[y] - p) - g_H p (log p + H), with all that multiplies p collected first.
     times_p = g_logp + g_H * tl.load(H_ptr + i) + (g_H * 0.6931471805599453) * log2_p
-    is_label = cols == tl.load(y_ptr + i).to(tl.int32)
+    is_label = cols == tl.load(y_ptr + i).to(tl.int32)          # int32, as cols are
     dx = tl.where(is_label, g_logp, 0.0) - tl.exp2(log2_p) * times_p
     # Into a tensor of its own, never over x: somebody may still need the logits.
     tl.store(dx_ptr + row * V + cols, dx, mask=cols < V)
