@@ -18,7 +18,7 @@ logit in bfloat16 (counted, operation by operation):
 
 A GPU adds faster than it reads, so bytes are time: on an H200 2,048 rows take 0.16 ms forward
 and 0.26 backward, plain PyTorch 3.7 and 5.7 (lab/bench.py). Where sampling kept only the
-likeliest K tokens, rows are no wider: `support_logprobs_and_entropy`, the same kernel on (N, K).
+likeliest K, rows are no wider: `support_logprobs_and_entropy`, the same kernel on (N, K).
 
 Left out: a fused LM head (for few rows it costs what reading its weights costs, whatever
 follows), autotuning, ignored labels, second derivatives. Needs torch; triton only on a GPU.

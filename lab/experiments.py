@@ -327,7 +327,7 @@ SHOWN = {"uniform, iid": "uniform, iid", "official": "entropy, batch-strata",
          "ours": "surprise, systematic"}                        # in the picture
 
 
-@experiment("6 minutes", "--questions 8 --updates 20 --k 1",
+@experiment("8 minutes", "--questions 8 --updates 20 --k 1",
             "--task countdown --questions 3 --G 4 --updates 2")
 def variance(lab):
     """Relative variance of the estimate against the exact gradient of all steps, for every
