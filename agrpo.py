@@ -1213,7 +1213,7 @@ def parse(argv=None):
     Every field is a flag, the comment behind it its help; so is every option of the task.
     Raises UserError.
     """
-    parser = Parser(allow_abbrev=False, add_help=False, usage="agrpo.py [--flag VALUE ...]",
+    parser = Parser(add_help=False, usage="agrpo.py [--flag VALUE ...]",
                     epilog="Presets and tasks set other values: a run's first lines say which.")
     comments = dict(re.findall(r"^    (\w+): .*# (.+)$", inspect.getsource(Config), re.M))
     for f in fields(Config):
@@ -1248,6 +1248,10 @@ def parse(argv=None):
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **more):
+        super().__init__(allow_abbrev=False, **more,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
     def error(self, message):
         raise UserError(f"{message} (--help lists the flags)")
 

@@ -17,7 +17,6 @@ count    a rollout step and a loss pass of an 8B model on tensors without memory
          written, FLOPs by dtype, and what a model of an H100 takes for them; with float32
          adapters as peft leaves them and under agrpo.py's bf16 autocast.
 """
-import argparse
 import contextlib
 import copy
 import itertools
@@ -467,8 +466,7 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     whats = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
     parser = agrpo.Parser(
-        prog="bash run.sh bench [kernel] [update] [count]", allow_abbrev=False,
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="bash run.sh bench [kernel] [update] [count]", description=__doc__,
         epilog=f"further flags: those of python agrpo.py --help; here {' '.join(LIKE_LLADA)}")
     parser.add_argument("--shape", default="small", help="of random weights [small]: "
                         + ", ".join(SHAPES) + ", or "

@@ -9,7 +9,6 @@ command goes on after a kill, and may then ask for more steps, seeds or problems
 [runs/eval-TASK-SEED] go generations.jsonl (every answer and its grade) and eval.json (the
 table).
 """
-import argparse
 import contextlib
 import json
 import sys
@@ -27,8 +26,7 @@ FREE = {"out", "steps", "eval_n", "eval_sampled", "device", "rollout_batch", "pr
 
 def parse(argv):
     """Flags -> (Config, number of seeds). All of agrpo.py's flags, and --seeds."""
-    parser = agrpo.Parser(prog="bash run.sh eval", allow_abbrev=False, description=__doc__,
-                          formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = agrpo.Parser(prog="bash run.sh eval", description=__doc__,
                           epilog="further flags: those of python agrpo.py --help")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the sampled cells [1]")
     parser.add_argument("--out", default="", help="folder [runs/eval-TASK-SEED]")

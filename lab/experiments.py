@@ -60,7 +60,7 @@ class Lab:
         self.name, self.argv, self.began, self.lines = name, argv, time.time(), []
         function, minutes, flags, quick = EXPERIMENTS[name]
         parser = agrpo.Parser(
-            prog=f"bash run.sh lab {name}", allow_abbrev=False, description=function.__doc__,
+            prog=f"bash run.sh lab {name}", description=function.__doc__,
             epilog=f"On 2 idle CPU cores: {minutes}. Further flags are agrpo.py's; here "
                    + " ".join(flags))
         for flag, about in (("quick", "a minute or less"), ("show", "what is finished so far"),
@@ -645,8 +645,7 @@ def masks(lab):
 def curves(argv):
     """bash run.sh lab curves runs/countdown-0 runs/countdown-1 ...: the finished runs of each
     task in one panel, seeds shaded."""
-    parser = agrpo.Parser(prog="bash run.sh lab curves", allow_abbrev=False,
-                          description=curves.__doc__)
+    parser = agrpo.Parser(prog="bash run.sh lab curves", description=curves.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="of finished runs, seeds pooled")
     parser.add_argument("--figures", action="store_true", help="keep it in lab/figures too")
     parser.add_argument("--out", type=Path, default=Path("runs/lab"))

@@ -9,7 +9,6 @@ gated transformer block keeps for its backward pass, measured with the allocator
 like LLaDA's, Dream's, Qwen3's, LLaDA-MoE's and ModernBERT's. Not in the sum: a GPU's context
 (about 0.5 GB), its allocator's fragments, and those of the C library's heap on a CPU.
 """
-import argparse
 import json
 import math
 import shutil
@@ -303,8 +302,7 @@ def report(cfg, shape, source):
 
 def parse(argv):
     """Flags -> Config: those of agrpo.py."""
-    parser = agrpo.Parser(prog="bash run.sh plan", allow_abbrev=False, description=__doc__,
-                          formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = agrpo.Parser(prog="bash run.sh plan", description=__doc__,
                           epilog="the flags are those of python agrpo.py --help")
     return agrpo.parse(parser.parse_known_args(argv)[1])
 

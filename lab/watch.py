@@ -7,7 +7,6 @@
 The GIF shows base and trained model writing the same six problems with the same draws; trained
 is --adapter [runs/TASK-SEED/adapter].
 """
-import argparse
 import io
 import os
 import sys
@@ -26,8 +25,7 @@ PROBLEMS = 6                           # in a GIF
 
 def parse(argv):
     """Flags -> (Config, first problem, path of the GIF or None). agrpo.py's flags, and two."""
-    parser = agrpo.Parser(prog="bash run.sh watch", allow_abbrev=False, description=__doc__,
-                          formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = agrpo.Parser(prog="bash run.sh watch", description=__doc__,
                           epilog="further flags: those of python agrpo.py --help")
     parser.add_argument("--problem", type=int, default=0, help="which held-out problem [0]")
     parser.add_argument("--gif", nargs="?", const="", metavar="FILE",
