@@ -1203,8 +1203,9 @@ CHOICES = dict(preset=(*PRESETS,), unmasking=UNMASKING, follow=FOLLOW,
                ratio_per=("token", "step"), dtype=("float32", "bfloat16", "float16"))
 AT_LEAST = dict(seed=0, C=1, m=1, questions=1, G=2, k=1, mu=1, beta=0, updates=0,
                 weight_decay=0, lora_r=0, lora_alpha=1, micro_batch=1, rollout_batch=1,
-                eval_n=1, eval_every=1, save_every=1, max_prompt=1, temperature=0)
-ABOVE_0 = ("lr", "eps", "max_grad_norm")
+                eval_n=1, eval_every=1, save_every=1, max_prompt=1, temperature=0, mask_id=-1,
+                shift=-1)
+MOST, ABOVE_0 = 1e15, ("lr", "eps", "max_grad_norm")
 
 
 def parse(argv=None):
@@ -1279,8 +1280,8 @@ def check(cfg, typed):
     # (is it broken?, what to say). Numbers first: the later rules count on them.
     rules = [(typed[name] == "", f"--{name} is empty: leave it out, or give a value")
              for name in typed]
-    rules += [(not least <= value[name] < math.inf,
-               f"--{name} {value[name]} cannot work: give a number from {least} on")
+    rules += [(not least <= value[name] < MOST,
+               f"--{name} {value[name]} cannot work: give a number from {least} to {MOST:.0e}")
               for name, least in AT_LEAST.items()]
     rules += [(not 0 < value[name] < math.inf,
                f"--{name} {value[name]} cannot work: give a number above 0")
@@ -1291,6 +1292,7 @@ def check(cfg, typed):
         rules.append((True, str(e)))
     rules += [
         (cfg.seed >= 2 ** 32, f"--seed {cfg.seed} is too large: use one below 2 ** 32"),
+        (cfg.shift > 1, f"--shift {cfg.shift} is none: 0, or 1 for a model like Dream"),
         (cfg.device != "cpu" and not (gpu and int(gpu[1] or 0) < gpus),
          f"--device {cfg.device} is not here (torch sees {gpus} GPUs): choose cpu or cuda:N"),
         (cfg.updates > 0 and cfg.temperature == 0,

@@ -408,9 +408,12 @@ def question_key(example):
 # What a box may not touch, or it is a part only: -\boxed{18}, \boxed{9}^2, \boxed{9},000
 COMMAND = r"\\(?:times|cdot|div|frac|sqrt|pm)"
 BEFORE = re.compile(rf"(?:[-+−*/^×÷·0-9]|{COMMAND}\{{?)(?:\\?\$|\\[(\[]|[ \t])*\Z"
-                    r"|[0-9](?:[.,]|\{,\})\Z")
+                    r"|[0-9](?:[.,]|\{,\}|\))\Z|frac\{[^{}]*\}\{\Z")
 AFTER = re.compile(rf"(?:\\?\$|\\[)\]]|[ \t}})\]])*"
-                   rf"(?:[-+−*/×÷·]\s*[\\({{0-9]|[!^_0-9]|{COMMAND})|(?:[.,]|\{{,\}})[0-9]")
+                   rf"(?:[-+−*/×÷·]\s*[\\({{0-9]|[!^_0-9]|{COMMAND})|(?:[.,]|\{{,\}})[0-9]"
+                   r"|\([0-9]")
+# And in a tag, which holds the answer alone, no second number follows: \boxed{18}, 19
+SECOND = re.compile(r"[\s$)\]}]*[,;:]\s*[-+$\\]*[0-9]")
 
 
 def boxed_answer(found):
@@ -423,10 +426,11 @@ def boxed_answer(found):
         # \boxed{18</answer>: the tag ends the box. \boxed{}18: so it was meant.
         return re.sub(r"\\?boxed\s*\{\s*\}?", "", found.content or "").strip()
     before, content, after = found_boxes[-1]
-    word = re.match(r"[\s$)\\]*(?:text\{)?\s*([A-Za-z]*)", after)[1]
+    beside = (re.search(r"([A-Za-z]*)(?: of)?[ $]*\Z", before)[1] + " "
+              + re.match(r"[\s$)\\]*(?:text\{)?\s*([A-Za-z]*)", after)[1])
     part = BEFORE.search(before) or AFTER.match(after)
-    several = len({content for _, content, _ in found_boxes}) > 1 and not found.free
-    wrong = part or several or changes_value(word, joins=not found.free)
+    several = len({content for _, content, _ in found_boxes}) > 1 or SECOND.match(after)
+    wrong = part or several and not found.free or changes_value(beside, joins=not found.free)
     return None if wrong else content
 
 
@@ -439,7 +443,7 @@ SCALE = re.compile(r"""[^mgshlLaI] | (?i: (?:
     | negative
     | (?: four | fif | six | seven | eigh | nin | ten | eleven | twelf | hundred
         | \w*teen | \w*tie | \w*thousand | \w*illion ) th) s* )""", re.VERBOSE)
-JOINS = set("or and not to plus minus over".split())
+JOINS = set("or and not to plus minus over mod".split())
 
 
 def changes_value(words, joins=True):
@@ -451,8 +455,8 @@ def changes_value(words, joins=True):
 INTEGER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)"
 NUMBER = re.compile(rf"""
     ([+-]?\ ? (?: {INTEGER}\ ?/\ ?{INTEGER} | {INTEGER}?(?:\.[0-9]+)? ))    # 36/2, 1,000.5, .5
-    ((?: \ (?:(?:square|cubic)\ )?[A-Za-z]+ | [A-Za-z]{{2,}} )            # " cubic feet", "km"
-     (?: (?:\ ?/\ ?|\ per\ )[A-Za-z]+ )? )?                              # "/week", " per hour"
+    ((?: \ (?!per\b)(?:(?:square|cubic)\ )?[A-Za-z]+ | [A-Za-z]{{2,}} )?  # " cubic feet", "km"
+     (?: (?:\ ?/\ ?|\ per\ )[A-Za-z]+ )? )                               # "/week", " per hour"
     """, re.VERBOSE)
 
 
@@ -469,7 +473,7 @@ def to_number(text):
     text = re.sub(r"\\[,;:! ]|\\?[$%]|\\[()\[\]]|\^\{?\\circ\}?", " ", text)
     match = NUMBER.fullmatch(" ".join(text.split()).removesuffix(".").strip())
     with suppress(TypeError, ValueError, ZeroDivisionError):
-        if not changes_value(match[2] or ""):
+        if not changes_value(match[2]):
             return Fraction(re.sub("[ ,]", "", match[1]))
 
 
@@ -556,6 +560,8 @@ def one_sentence(beginning):
         yield
     except Exception as error:    # data sets raise what a dozen readers raise
         told = " ".join((str(error) or type(error).__name__).split())
+        # pyarrow counts rows from 0.
+        told = re.sub(r"in row ([0-9]+)$", lambda row: f"in row {int(row[1]) + 1}", told)
         raise TaskError(f"{beginning}: {printable(told[:200])}") from error
 
 
@@ -673,8 +679,10 @@ def rows_of(split, file, hub):
         kind = file.suffix[1:].lower().replace("jsonl", "json")
         if kind not in ("json", "csv", "parquet"):
             raise ValueError(f"its name ends in {file.suffix or 'nothing'}")
-        if kind == "json" and file.read_bytes().lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"[":
-            raise ValueError("line 1 is an array, write one object a line")
+        first = file.read_bytes().lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        if not first or kind == "json" and first == b"[":
+            raise ValueError("line 1 is an array, write one object a line" if first
+                             else "it is empty")
         # All columns of a CSV stay text, or 0302 would become 302.
         text = {"keep_default_na": False, "converters": dict.fromkeys(range(100), str)}
         read = getattr(datasets.Dataset, f"from_{kind}")

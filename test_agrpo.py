@@ -8,7 +8,7 @@ estimator's exact mean over all must be the gradient of the expected reward, to 
 import functools
 import itertools
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -70,7 +70,9 @@ class Toy(torch.nn.Module):
                                 decode=lambda o, **more: str(o))
 
     def encode(self, chats):
-        return prompt(len(chats))
+        q, q_mask = prompt(len(chats))
+        first = tensor([[int(chat[-1]["content"])] for chat in chats])
+        return torch.cat([first, q[:, 1:]], dim=1), q_mask
 
     def decode(self, o):
         return [" ".join(map(str, row)) for row in o.tolist()]
@@ -301,6 +303,15 @@ def test_a_rollout_reveals_every_position_once_in_block_order(unmasking):
     assert set(model.asked) == {(50, n) for n in places}
 
 
+def test_how_sure_the_model_is_does_not_depend_on_a_temperature():
+    """By hand, at T = 1. At T = 2 max_prob would take the other position of the two."""
+    logits = tensor([[[3.0, 2.9, -math.inf], [1.2, 0.0, 0.0]]])
+    p = tensor([[[0.525, 0.475, 0.0], [0.6241, 0.188, 0.188]]])
+    wanted = dict(max_prob=p.amax(dim=2).log(), entropy=torch.xlogy(p, p).sum(dim=2))
+    for unmasking, want in wanted.items():
+        assert torch.allclose(agrpo.confidence(logits, unmasking), want, atol=1e-3)
+
+
 def test_greedy_max_prob_is_low_confidence_decoding():
     """Take the likeliest token everywhere, keep the surest: LLaDA's evaluation, by hand."""
     model, o = Toy(6, seed=5), torch.full((6,), MASK)
@@ -477,6 +488,11 @@ def test_dead_groups_cost_no_forward_and_change_nothing():
     found = model.gradient()
     agrpo.add_gradient(model, traj, A, all_pairs(traj))
     assert same(found, model.gradient())                        # they count in the mean
+    # But they have a KL. Each pair is scored by the policy and by the reference.
+    model.reference = nullcontext
+    model.asked.clear()
+    agrpo.policy_gradient(model, traj, A, replace(cfg, beta=0.1), torch.zeros)
+    assert sum(rows for rows, _ in model.asked) == 2 * 32
 
 
 def test_accumulation_in_any_micro_batch_is_one_big_batch():
@@ -491,12 +507,13 @@ def test_accumulation_in_any_micro_batch_is_one_big_batch():
     assert agrpo.add_gradient(model, traj, A, [x[:0] for x in pairs]).forwards == 0
 
 
-def test_the_kl_term_is_the_kl_and_has_its_gradient():
+@pytest.mark.parametrize("m", [2, 1])                           # one token a step, or two
+def test_the_kl_term_is_the_kl_and_has_its_gradient(m):
     """pi = 1/2, ref = 1/4 by hand: k3 = 1/2 + log 2 - 1. Then the whole, -beta KL(pi || ref):
     in each state, E_pi of log(pi / ref), its gradient E_pi of log(pi / ref) grad log pi."""
     kl = agrpo.kl_to_reference(*tensor([0.5, 0.5, 0.25]).log())
     assert kl.item() == pytest.approx(0.5 + math.log(2) - 1)
-    model, traj, p = witness(Decoding(2, 2, 2), grid=14)
+    model, traj, p = witness(Decoding(2, m, 2), grid=14)
     other = Toy(2, seed=9)
 
     @contextmanager
@@ -509,10 +526,10 @@ def test_the_kl_term_is_the_kl_and_has_its_gradient():
     w = p.detach()[rows]
     seen = agrpo.add_gradient(model, traj, 0 * p.detach(), (rows, steps, w), beta=0.3)
     got = total(model, traj)
-    logp, _ = agrpo.step_logprobs(model, traj, rows, steps)     # (N, 1)
+    logp, _ = agrpo.step_logprobs(model, traj, rows, steps)     # (N, W)
     logp_ref, _ = agrpo.step_logprobs(other, traj, rows, steps)
     log_ratio = (logp - logp_ref).detach()
-    assert same(got, -0.3 * model.gradient(of=w @ (log_ratio * logp)))
+    assert same(got, -0.3 * model.gradient(of=(w @ (log_ratio * logp)).sum()))
     assert same(w @ seen.kl, w @ log_ratio)                     # and is logged
 
 
@@ -548,6 +565,8 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     params = iter([p, frozen])                                  # as model.parameters() is
     assert agrpo.optimizer_step(params, optimizer, 1.0) == pytest.approx(5.0) and (p < 1).all()
     assert frozen.grad is None
+    before = p.tolist()                                         # nor does one that is zero,
+    assert agrpo.optimizer_step([p], optimizer, 1.0) == 0 and p.tolist() == before
 
 
 # --- § 7 A transformers model as the policy ---------------------------------------------------
@@ -574,17 +593,17 @@ def trained(policy):
 
 def test_a_policy_gives_the_models_own_logits_at_the_asked_positions(tiny, monkeypatch):
     """Padding is hidden, whatever stands in it; the head runs on the asked positions alone."""
-    q, q_mask = encode(tiny, "Numbers: 1 2 3", "Target: 5")
-    at = tensor([[q.shape[1] - 1, q.shape[1] - 3]] * 2)
+    q, q_mask = encode(tiny, "Numbers: 1 2 3", "Target: 5", "Numbers: 1 2")
+    at = tensor([[q.shape[1] - 1, q.shape[1] - 3]] * 3)
     got = tiny(q, q_mask, at)
-    alone = q[1:, q_mask[1] > 0]
+    alone = q[1:2, q_mask[1] > 0]
     assert q_mask[1, 0] == 0                                    # padded, on the left
     tiny.positions = torch.arange(alone.shape[1])[None]         # everywhere
     every = tiny.model(input_ids=alone).logits                  # (1, L, V), asked directly
-    assert got.shape == (2, 2, every.shape[2]) and near(got[1], every[0, [-1, -3]])
+    assert got.shape == (3, 2, every.shape[2]) and near(got[1], every[0, [-1, -3]])
 
     junk = q.masked_fill(q_mask == 0, 7)
-    for ignores_mask, order in itertools.product((False, True), ([0, 1], [1, 0])):
+    for ignores_mask, order in itertools.product((False, True), ([0, 1, 2], [2, 1, 0])):
         monkeypatch.setattr(tiny, "ignores_mask", ignores_mask)     # then one length at a time
         assert near(tiny(junk[order], q_mask[order], at), got[order])
     monkeypatch.setattr(tiny, "shift", 1)                       # Dream predicts i at i - 1
@@ -608,6 +627,10 @@ def test_rows_in_the_same_state_share_one_forward_pass(tiny, monkeypatch):
     together = logits_and_gradient(slice(4))
     one_by_one = logits_and_gradient([0], [1], [2], [3])
     assert states == [2, 1, 1, 1, 1] and all(map(near, together, one_by_one))
+    # Another mask is another state.
+    masks = torch.stack([q_mask[0], torch.arange(q.shape[1]) > 0])
+    first, second = tiny(q[[0, 0]], masks, at[[0, 0]])
+    assert not near(first, second)
 
 
 def test_lora_trains_the_blocks_and_its_reference_is_the_base_model(tiny):
@@ -636,7 +659,7 @@ def toy_task(monkeypatch):
     def grade(text, example):
         right = text.split()[0] == str(example["want"])
         return tasks.Grade(3.0 * right + 0.01 * len(set(text)), right, 0.0, "", text, {})
-    prompt_of = lambda example: [dict(role="user", content="")]
+    prompt_of = lambda example: [dict(role="user", content=str(example["want"]))]
     monkeypatch.setitem(tasks.TASKS, "toy", tasks.Task("toy", prompt_of, grade))
 
 
@@ -668,6 +691,7 @@ def test_advantages_belong_to_their_rows(toy_task):
     texts = Toy(4).decode(traj.o)
     for group, i in enumerate(agrpo.questions(3, 6, 0, 0)):
         rows = slice(4 * group, 4 * group + 4)
+        assert (traj.q[rows, 0] == DATA[i]["want"]).all()       # and so is its prompt
         r = [tasks.grade("toy", text, DATA[i]).reward for text in texts[rows]]
         assert A[rows].tolist() == pytest.approx([x - sum(r) / 4 for x in r])
 
@@ -722,18 +746,18 @@ def test_learning_on_the_toy_raises_the_expected_reward(toy_task):
 
 
 def test_the_numbers_of_the_log_by_hand():
-    """Two groups of two, the second dead; one row ended early; two of four ratios clipped:
+    """Two groups of two, the second dead; one row ended early; three of four ratios clipped:
     0.5 is where A < 0, and 1.5 where A > 0."""
     traj = made_up([[0, 1], [0, 1], [0, 1], [0, 2]], m=2, entropy=[1.0, 2.0])
     traj.o[:2, 1] = EOS
     grades = [tasks.Grade(r, r > 2, 0.5, "", "", {}) for r in (4.0, 1.0, 1.0, 1.0)]
     A = tensor([1.5, 0.0, 0.0, 0.0])                            # one A of 0 is no dead group
     A_pair = tensor([[1.5], [1.5], [-1.5], [-1.5]])
-    ratio = tensor([[0.5], [1.5], [0.5], [1.5]])
+    ratio = tensor([[0.5], [1.5], [0.5], [0.5]])
     seen = agrpo.Seen(ratio, A_pair, torch.full((4, 1), 0.25), forwards=3)
     assert agrpo.statistics(Toy(2), traj, grades, A, seen, agrpo.Config(m=2, G=2)) == dict(
         reward=7 / 4, correct=1 / 4, format=0.5, dead_groups=0.5, length=6 / 4,
-        entropy=10 / 7, late_eos=2 / 3, kl=0.25, clip_low=1 / 4, clip_high=1 / 4,
+        entropy=10 / 7, late_eos=2 / 3, kl=0.25, clip_low=2 / 4, clip_high=1 / 4,
         ratio_min=0.5, ratio_max=1.5, pairs=4, forwards=3)
 
 

@@ -34,9 +34,12 @@ def letter_of(answer, choices):
     letter, words = match[1].upper(), (match[2] or "").strip(" .").casefold()
     stated = [choice.strip(" .").casefold() for choice in choices]
     own = stated.pop(string.ascii_uppercase.index(letter))
-    # "B. or A", "B. A" and "B. here" say two things, unless that is what choice B says.
-    another = re.search(r"(?:^|\b(?:or|and|not) )\(?[a-z]\)?$", words)
-    return None if words != own and (words in stated or another) else letter
+    # "B. or A", "B. A", "B. here", "B. water (A)" say two things, unless choice B says so.
+    others = "|".join(map(re.escape, filter(None, stated)))
+    another = re.search(r"^(?:or|not|n?either)\b"
+                        r"|(?:^|\b(?:or|and|not) |[,/(])\s*\(?(?:[a-z]\)?(?=[).,:]|$)"
+                        rf"|(?:the )?(?:{others})(?!\w))", words)
+    return None if words != own and another else letter
 
 
 def grade(text, example):

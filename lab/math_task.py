@@ -54,9 +54,11 @@ ORDER = re.compile(r"\b(?:ascending|descending|increasing order|decreasing order
 LAYOUT = (("−", "-"), ("≤", r"\\le "), ("≥", r"\\ge "), ("∞", r"\\infty "),
           (r",\s*\\!\s*(?=[0-9]{3})|\{,\}(?=[0-9]{3})", ""),                   # 10,\!000
           (r"\\[()\[\]](?!.*\\\\)|\\?\$|\\?%|(?<!\\)\\[,;: ]|~", " "),         # not \\\\
-          (r"\\(?:left|right|displaystyle|big|Big)(?![A-Za-z])|\\!|\^\{?\\circ\}?", ""),
+          (r"\\text\s*\{\s*\}", " "), (r"(?<![0-9A-Za-z)}])\s*\+\s*(?=\\infty)", ""),
+          (r"\s(?:or|and)\s+(?=[-(\\])", ","),                   # 1 or -2
+          (r"\\(?:left|right|displaystyle|big|Big)(?![A-Za-z])|\\!|\^\{?\\circ\}?|°", ""),
           (r"\\[dt]frac", r"\\frac"),
-          (r"\\(?:mbox|textrm|textbf|mathrm|textit)(?![A-Za-z])\s*", r"\\text"),
+          (r"\\(?:mbox|textrm|textbf|mathrm|mathbf|textit)(?![A-Za-z])\s*", r"\\text"),
           (r"<=|\\(?:leq|leqslant)(?![A-Za-z])", r"\\le "),
           (r">=|\\(?:geq|geqslant)(?![A-Za-z])", r"\\ge "),
           (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"),
@@ -219,7 +221,9 @@ def equal(gold, answer, ordered=False):
         return words(gold) == words(answer)
     gold, answer = (re.sub(rf"^{NAME} ?\\in(?![A-Za-z]) ?", "", tex) for tex in (gold, answer))
     gold, answer = without_units(gold, gold), without_units(answer, gold)
-    answer = re.sub(rf"^{TEXT} ?(?=[0-9\\(\[])", "", answer)    # \text{The answer is } 9
+    said = re.match(rf"{TEXT} ?(?=[0-9\\(\[])", answer)    # \text{The answer is } 9
+    if said and not re.search("[0-9]", said[1]) and not tasks.changes_value(said[1]):
+        answer = answer[said.end():]
 
     # Inequalities and unions of intervals
     if any(COMPARED.search(tex) or r"\cup" in tex for tex in (gold, answer)):

@@ -139,6 +139,16 @@ def test_any_values_sizes_and_strides(device, dtype, kind):
     assert_bars(x, random_labels(x).repeat_interleave(2)[::2], T=0.6)       # strided labels too
 
 
+@pytest.mark.parametrize("kind", ["far up", "far down"])
+def test_the_reference_in_float32_keeps_the_digits_of_large_logits(kind):
+    x = special("cpu")[kind]
+    labels = random_labels(x)
+    logp, H = logprobs_and_entropy_reference(x, labels, temperature=0.6)
+    logp64, H64 = logprobs_and_entropy_reference(x.double(), labels, temperature=0.6)
+    assert ((logp - logp64) / (1 + logp64.abs())).abs().max() < 1e-6
+    assert (H - H64).abs().max() < 5e-6
+
+
 def test_a_row_list_selects_and_leaves_the_other_gradients_zero(device):
     x = randn(9, 600, device=device)[:, :300]
     positions = torch.tensor([8, 0, 5], device=device)

@@ -375,6 +375,9 @@ BAD = {                                          # flags -> what the sentence mu
     "--top_p 0": "--top_p 0",
     "--top_p 0.9": "--top_p 0.9|--top_k",
     "--seed 99999999999": "--seed 99999999999",
+    "--micro_batch 99999999999999999999": "--micro_batch|1e+15",
+    "--shift 2": "--shift 2|1 for a model",
+    "--mask_id -2": "--mask_id -2|from -1",
     "--beta 0.1 --lora_r 0": "--beta|--lora_r",
     "--adapter {run}/adapter --lora_r 0": "--adapter|--lora_r",
     "--lora_r 0 --dtype bfloat16": "--lora_r 0|--dtype float32",
@@ -389,7 +392,8 @@ BAD = {                                          # flags -> what the sentence mu
     "--test_file ~/no/such.jsonl": "such.jsonl",
     "--test_file {mess}/rubbish.jsonl": "rubbish.jsonl|row 1",
     "--test_file {mess}/noise.parquet": "noise.parquet",
-    "--test_file {mess}/empty.jsonl": "empty.jsonl",
+    "--test_file {mess}/empty.jsonl": "empty.jsonl|it is empty",
+    "--test_file {mess}/third.jsonl": "third.jsonl|row 3",
     "--test_file ''": "--test_file is empty",
     "--out ''": "--out is empty",
     "--model ''": "--model is empty",
@@ -418,6 +422,7 @@ def mess(finished, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mess")
     (folder / "rubbish.jsonl").write_text('{"nums": "none"}\n')
     (folder / "noise.parquet").write_bytes(bytes(range(256)))
+    (folder / "third.jsonl").write_text(2 * '{"nums": [1, 2, 3], "target": 6}\n' + "{")
     (folder / "empty.jsonl").touch()
     (folder / "nothing.py").touch()
     (folder / "broken.py").write_text("1 / 0\n")

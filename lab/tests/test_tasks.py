@@ -264,6 +264,9 @@ GSM8K_WRONG = r"""
 18 ~ \frac{36}{2}1 | 18 1/2 | 0x12 | １٨ | ١٨ | 36/2/1 | 18.. | 9 \times 2 | 18 17 dollars | nan
 18 ~ 18 \text{or} 17 | $ | . | -\boxed{18} | 17 \boxed{18} | \boxed{17}\boxed{18} | \boxed{18}^2
 18 ~ 9 + \boxed{9} | \boxed{\boxed{18} + 1} | \sqrt\boxed{18} | \boxed{9} + 9 | 2 \times \boxed{18}
+18 ~ minus \boxed{18} | twice \boxed{18} | half of $\boxed{18}$ | negative \boxed{18} | 18 per
+18 ~ (5)\boxed{18} | \boxed{18}(5) | \frac{1}{\boxed{18}} | \boxed{18} mod 5 | \boxed{18} : 2
+18 ~ \boxed{18}, 19 | \boxed{18}; -$19 | not \boxed{18} | 19 or \boxed{18}
 18 ~ \boxed{18},000 | \boxed{18}{,}000 | \boxed{18}.5 | 1,\boxed{18} | 0.\boxed{18} | ~18 | 18 M
 1000 ~ 1,00 | 1.000 | 10,00 | 1 000 | 1, 000 ;; 1819 ~ 18,19 ;; 5 ~ 5m | 5K"""
 SCALED = ("thousand thousands k K M bn mln trn million quadrillion dozen dozens doz tens lakhs "
@@ -272,6 +275,7 @@ SCALED = ("thousand thousands k K M bn mln trn million quadrillion dozen dozens 
 GSM8K_RIGHT = r"""
 18 ~ 18 | 18. | $18 | 18 dollars | \frac{36}{2} | 18.0 | 18.00 | +18 | 18% | 18\% | $18.00 | 018
 18 ~ 18 dollars. | 36 / 2 | \dfrac{36}{2} | \$18 | $18$ | 18km | 18 \text{ dollars} | 18 kg/week
+18 ~ 18 per hour | $18/hour | 18 \text{ per hour}
 18 ~ 18\text{ hours} | \(18\) | 18 miles per hour | 18 square feet | 18^\circ | 18 m
 18 ~ 18~\text{cm} | 18 months | 18 paths | 18 tents | 18 ms
 18 ~ 18 halfpennies ;; 0 ~ -0 ;; 0.5 ~ 1/2 | .5 ;; 12.5 ~ \frac{25}{2} ;; 1,234,567 ~ 1234567
@@ -321,6 +325,8 @@ def test_gsm8k_compares_exactly(a, b):
 MATH_RIGHT = r"""
 # intervals, named or not on either side; unions in any order
 [0,5) ~ x \in [0, 5) ;; x \in [0, 5) ~ [0,5) ;; (-3,4) ~ -3<x<4 ;; -3<x<4 ~ (-3,4) | 4>x>-3
+[2,\infty) ~ [2,+\infty) | x \in [2, +\infty) ;; \infty ~ +\infty ;; 1,-2 ~ 1 or -2 | 1 and -2
+120^\circ ~ 120° ;; 5 ~ \mathbf{5}
 [2,\infty) ~ x\ge 2 ;; x \geq 2 ~ [2,\infty) ;; [2,5) ~ \left[2, 5\right)
 (3,4] ~ 3 < x \leq 4 ;; (-\infty,1)\cup(2,3] ~ (2,3] \cup (-\infty, 1)
 x \in (-\infty,1)\cup(2,\infty) ~ x<1 \text{ or } x > 2
@@ -343,6 +349,8 @@ p - q ~ -q+p ;; 6 - 5i ~ -5i+6 ;; \cot x ~ \frac{1}{\tan x} ;; x^2+2x+1 ~ (x+1)^
 \sqrt{2}+\sqrt{3} ~ \sqrt{5+2\sqrt{6}} ;; Hence \boxed{1}, then $\boxed{\frac{3}{4}}$. ~ 3/4
 \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{bmatrix} 1 \\ 2 \end{bmatrix}"""
 MATH_WRONG = r"""
+18 ~ \text{1}18 | \text{17 or }18 | \text{negative }18 | \text{half of }18 | \text{not }18
+11 ~ 1\text{ }1 ;; \infty ~ -\infty ;; 1,-2 ~ 1 or 2
 (3,4) ~ 3,4 | (4,3) | [3,4] ;; 3,4 ~ (3,4) ;; [0,5) ~ [0,5] ;; (15,-29) ~ (8,-2) ;; 1,2,2 ~ 1,2
 -3<x<4 ~ -3<x<5 ;; x \ge 2 ~ x>2 ;; 4,7 ~ x=4,y=7 ;; (-\infty,1)\cup(2,3] ~ (2,3]
 # equations and bases
@@ -445,9 +453,10 @@ def test_a_missing_math_verify_is_an_error_and_not_a_wrong_answer(monkeypatch):
 
 def test_multiple_choice_takes_one_letter():
     right = ["B", "b", "(B)", "B.", " B\n", r"\boxed{B}", r"$\boxed{(b)}$", "B. there",
-             "B) there", "B: word", r"\boxed{\text{B}}"]
+             "B) there", "B: word", r"\boxed{\text{B}}", "B. there, a place"]
     wrong = ["A", "A or B", "there", "BB", "", "B. here", "B. or A", "C", "E", "1",
-             "B. A", "B: (a)", "B. A."]
+             "B. A", "B: (a)", "B. A.", "B. there or here", "B. there, A. here", "B. there (A)",
+             "B. or here", "B. either A", "B. not"]
     for answer in (*right, *wrong):
         got = grade("hellaswag", answer)
         assert (got.correct, got.reward) == ((True, 4) if answer in right else (False, 1))
