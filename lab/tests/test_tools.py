@@ -1,4 +1,5 @@
 """Evaluate, watch, plan and make_tiny: every number again, and nothing lost when killed."""
+import gc
 import json
 import random
 import runpy
@@ -208,6 +209,7 @@ def peak_of(program):
     """Bytes at the peak of what the allocator gave while the program ran."""
     from torch.profiler import ProfilerActivity, profile
 
+    gc.collect()                       # what earlier tests left must not be freed in between
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as log:
         program()
     found = [(e.start_ns(), e.nbytes()) for e in log.profiler.kineto_results.events()
