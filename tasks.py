@@ -412,7 +412,9 @@ BEFORE = re.compile(rf"(?:[-+−*/^×÷·0-9]|{COMMAND}\{{?)(?:\\?\$|\\[(\[]|[ \
 AFTER = re.compile(rf"(?:\\?\$|\\[)\]]|[ \t}})\]])*"
                    rf"(?:[-+−*/×÷·]\s*[\\({{0-9]|[!^_0-9]|{COMMAND})|(?:[.,]|\{{,\}})[0-9]"
                    r"|\([0-9]")
-# And in a tag, which holds the answer alone, no second number follows: \boxed{18}, 19
+# In a tag: not \boxed{18}; twice \boxed{9}; \boxed{18}, 19
+FIRST = re.compile(r"\b(?:not|or|n?either|minus|plus|negative|twice|double|triple|half|third"
+                   r"|quarter)(?: of)?[ $]*\Z", re.IGNORECASE)
 SECOND = re.compile(r"[\s$)\]}]*[,;:]\s*[-+$\\]*[0-9]")
 
 
@@ -426,12 +428,12 @@ def boxed_answer(found):
         # \boxed{18</answer>: the tag ends the box. \boxed{}18: so it was meant.
         return re.sub(r"\\?boxed\s*\{\s*\}?", "", found.content or "").strip()
     before, content, after = found_boxes[-1]
-    beside = (re.search(r"([A-Za-z]*)(?: of)?[ $]*\Z", before)[1] + " "
-              + re.match(r"[\s$)\\]*(?:text\{)?\s*([A-Za-z]*)", after)[1])
-    part = BEFORE.search(before) or AFTER.match(after)
-    several = len({content for _, content, _ in found_boxes}) > 1 or SECOND.match(after)
-    wrong = part or several and not found.free or changes_value(beside, joins=not found.free)
-    return None if wrong else content
+    word = re.match(r"[\s$)\\]*(?:text\{)?\s*([A-Za-z]*)", after)[1]
+    part = BEFORE.search(before) or AFTER.match(after) or changes_value(word, not found.free)
+    # A tag holds the answer alone. Outside of one a box may stand in any sentence.
+    several = len({content for _, content, _ in found_boxes}) > 1
+    hedged = several or FIRST.search(before) or SECOND.match(after)
+    return None if part or hedged and not found.free else content
 
 
 # Words that change a number, plurals too: other letters than these units and words, scales and

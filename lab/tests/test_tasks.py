@@ -305,7 +305,8 @@ def test_gsm8k_answers():
     r"<answer>\boxed{}18</answer>", "<answer>boxed{18}</answer>", r"<answer>\boxed{18}",
     r"<think>so \boxed{17}</think> It is {\boxed{18}} of them.",
     "<answer>1. 6 + 3 = 9\n2. Double: \\[ \\boxed{18} \\]</answer>",
-    r"First \boxed{9}, then \boxed{18} and that is it.", r"\boxed{x = \boxed{18}}"])
+    r"First \boxed{9}, then \boxed{18} and that is it.", r"\boxed{x = \boxed{18}}",
+    r"<answer>It comes to \boxed{18}, all in all.</answer>", r"Not 9 or \boxed{18}, 2 each."])
 def test_gsm8k_reads_what_models_write_around_a_box(text):
     assert tasks.grade("gsm8k", text, EXAMPLES["gsm8k"]).correct
 
