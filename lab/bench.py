@@ -4,7 +4,7 @@
     bash run.sh bench kernel               correct? then time, bandwidth and memory on a GPU
     bash run.sh bench update --shape llada-8b
     bash run.sh bench update --model FOLDER --trust_remote_code
-    bash run.sh bench count                bytes and FLOPs of an 8B model, without running it
+    bash run.sh bench count                bytes and FLOPs of an 8B model, and on a GPU its time
 
 kernel   kernels.py beside eager PyTorch, torch.compile, Liger's cross entropy if installed and
          a plain copy, on random logits of LLaDA's vocabulary, then the bars it has to clear.
@@ -15,7 +15,8 @@ update   seconds of one rollout and of one loss (forward and backward of B k pai
          in one. For nobody does a row end early or a group have no gradient.
 count    a rollout step and a loss pass of an 8B model on tensors without memory: bytes read and
          written, FLOPs by dtype, and what a model of an H100 takes for them; with float32
-         adapters as peft leaves them and under agrpo.py's bf16 autocast.
+         adapters as peft leaves them and under agrpo.py's bf16 autocast. On a GPU the
+         milliseconds that they do take stand beside that.
 """
 import contextlib
 import copy
@@ -395,12 +396,11 @@ class Count(TorchDispatchMode):
 def bench_count(args, cfg):
     from torch._subclasses.fake_tensor import FakeTensorMode
     shape, here = "llada-8b" if args.shape == "small" else args.shape, torch.cuda.is_available()
+    beside = f"; measured on {torch.cuda.get_device_name()}, median of five" if here else ""
     print(f"{shape}, bfloat16, LoRA r 64, plain policy, 584 tokens a row, 3 of them scored.\n"
           f"ms: assuming {BANDWIDTH / 1e12} TB/s, {PEAK[2] / 1e12:.0f} TFLOP/s in 16 bits and "
-          f"{PEAK[4] / 1e12:.0f} in float32" + here * f"; beside it measured on "
-          f"{torch.cuda.get_device_name() if here else ''}, median of five"
-          f"\n\n{'':61s}{'GB':>6s}{'TFLOP 16 bit':>14s}{'float32':>9s}{'ms':>6s}"
-          + here * f"{'measured':>10s}")
+          f"{PEAK[4] / 1e12:.0f} in float32{beside}\n\n{'':61s}{'GB':>6s}{'TFLOP 16 bit':>14s}"
+          f"{'float32':>9s}{'ms':>6s}" + here * f"{'measured':>10s}")
     policy = counted_policy(shape, "meta")
     real = counted_policy(shape, "cuda") if here else None
     with FakeTensorMode(allow_non_fake_inputs=True):
