@@ -305,11 +305,13 @@ def bench_update(args, cfg):
           + f"\nB {args.B}, P {args.P}, C {cfg.C}, m {cfg.m}, block {cfg.block_length}, "
           f"k {cfg.k}, micro_batch {cfg.micro_batch}, top_k {cfg.top_k}, rounds {args.rounds}")
 
-    # The same question ids, pairs and draws for everybody: k steps of each row, none twice.
+    # The same question ids, pairs and draws for everybody: k evenly spaced steps of each row, so
+    # that with as many blocks as k each has B pairs.
     rng = torch.Generator().manual_seed(0)
     q = torch.randint(3, len(weights), (args.B, args.P), generator=rng).to(cfg.device)
     A = torch.linspace(-1, 1, args.B, dtype=torch.float64).to(cfg.device)
-    steps = torch.rand(args.B, cfg.m, generator=rng).argsort(dim=1)[:, :cfg.k]
+    offset = torch.rand(args.B, 1, generator=rng)
+    steps = ((torch.arange(cfg.k) + offset) * cfg.m / cfg.k).long().clamp(max=cfg.m - 1)
     rows, steps = torch.arange(args.B).repeat(cfg.k), steps.t().flatten()
     pairs = [x.to(cfg.device) for x in (rows, steps, torch.full(rows.shape, cfg.m / cfg.k))]
     runs = {name: [] for name in everyone}
@@ -458,7 +460,7 @@ def measure_pass(policy, rows, name):
 
 # --- What is typed ----------------------------------------------------------------------------
 
-LIKE_LLADA = ("--C 96 --m 32 --block_length 12 --k 6 --temperature 0.6 --top_k 150 "
+LIKE_LLADA = ("--C 96 --m 32 --block_length 12 --k 8 --temperature 0.6 --top_k 150 "
               "--top_p 0.99 --micro_batch 8 --lora_r 64").split()
 
 
