@@ -1035,7 +1035,7 @@ def check_ratio(policy, ratio):
     """Before the first optimizer step pi_theta is pi_old: any other ratio is a fault.
 
     In 16 bits a GPU rounds a product of few rows otherwise than one of many, and a single token
-    may be off by 0.2 (measured at 8B): there the mean decides.
+    may be off by 0.2 (measured at 8B): there the mean decides, and a larger maximum is a sign.
     """
     off = (ratio - 1).abs() if len(ratio) else torch.zeros(1)
     worst, mean = torch.tensor(gather((off.amax().item(), off.mean().item()))).amax(dim=0)
@@ -1046,6 +1046,9 @@ def check_ratio(policy, ratio):
         raise UserError(f"{found}, not below {tolerance}: rollout and loss disagree; see the "
                         "model's code")
     say(found)
+    if worst > 0.5:
+        say("    warning: that is more than rounding; if --dtype float32 gives more than 1e-3, "
+            "see the model's code")
 
 
 def statistics(policy, traj, grades, A, seen, cfg):

@@ -719,7 +719,7 @@ def test_a_policy_with_dropout_is_found_before_it_learns(toy_task):
     assert torch.equal(policy.W, before)
 
 
-def test_before_the_first_step_a_ratio_is_one_up_to_rounding():
+def test_before_the_first_step_a_ratio_is_one_up_to_rounding(capsys):
     """In 16 bits that is more, for a single token much more: so there the mean counts."""
     def passes(*ratio, dtype):
         try:
@@ -731,6 +731,8 @@ def test_before_the_first_step_a_ratio_is_one_up_to_rounding():
     assert single(1, 1.0005) and not single(1, 1.002) and not single(1, math.nan)
     assert half(1, 1, 1, 1.3) and not half(1.2, 0.8) and not half(1, math.nan)
     assert single() and half()                                  # every group was dead
+    assert "warning" not in capsys.readouterr().out
+    assert half(*[1] * 9, 1.9) and "more than rounding" in capsys.readouterr().out
 
 
 def test_learning_on_the_toy_raises_the_expected_reward(toy_task):
