@@ -1039,9 +1039,10 @@ def check_ratio(policy, ratio):
     """
     off = (ratio - 1).abs() if len(ratio) else torch.zeros(1)
     worst, mean = torch.tensor(gather((off.amax().item(), off.mean().item()))).amax(dim=0)
-    decides, tolerance = (mean, 0.1) if policy.dtype in HALF else (worst, 1e-3)
-    found = (f"max|ratio - 1| before the first optimizer step: {worst:.1e}"
-             + f", its mean {mean:.1e}" * (policy.dtype in HALF))
+    found = f"max|ratio - 1| before the first optimizer step: {worst:.1e}"
+    decides, tolerance = worst, 1e-3
+    if policy.dtype in HALF:
+        decides, tolerance, found = mean, 0.1, f"{found}, its mean {mean:.1e}"
     if not decides < tolerance:
         raise UserError(f"{found}, not below {tolerance}: rollout and loss disagree; see the "
                         "model's code")
@@ -1208,7 +1209,8 @@ AT_LEAST = dict(seed=0, C=1, m=1, questions=1, G=2, k=1, mu=1, beta=0, updates=0
                 weight_decay=0, lora_r=0, lora_alpha=1, micro_batch=1, rollout_batch=1,
                 eval_n=1, eval_every=1, save_every=1, max_prompt=1, temperature=0, mask_id=-1,
                 shift=-1)
-MOST, ABOVE_0 = 1e15, ("lr", "eps", "max_grad_norm")
+MOST = 1e15                            # of each of these
+ABOVE_0 = ("lr", "eps", "max_grad_norm")
 
 
 def parse(argv=None):

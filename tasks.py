@@ -421,7 +421,7 @@ SECOND = re.compile(r"[\s$)\]}]*[,;:]\s*[-+$\\]*[0-9]")
 def boxed_answer(found):
     r"""The content of the last box of an answer, or all of the answer where it has none.
 
-    None where a tag has two different boxes, or where the box is only a part of the answer.
+    None where the box is only a part of the answer, or where a tag says more than the box.
     """
     found_boxes = boxes(found.content or "")
     if not found_boxes:
@@ -562,8 +562,6 @@ def one_sentence(beginning):
         yield
     except Exception as error:    # data sets raise what a dozen readers raise
         told = " ".join((str(error) or type(error).__name__).split())
-        # pyarrow counts rows from 0.
-        told = re.sub(r"in row ([0-9]+)$", lambda row: f"in row {int(row[1]) + 1}", told)
         raise TaskError(f"{beginning}: {printable(told[:200])}") from error
 
 
@@ -666,6 +664,7 @@ def rows_of(split, file, hub):
     """(rows, where they are from): of a JSONL, CSV or parquet file, or of the hub."""
     import datasets
     import huggingface_hub
+    import pyarrow
     if not file:
         # Where no hub answers its client retries for half a minute; offline: the cache only.
         name, *configuration, hub_split = hub.split()
@@ -681,14 +680,20 @@ def rows_of(split, file, hub):
         kind = file.suffix[1:].lower().replace("jsonl", "json")
         if kind not in ("json", "csv", "parquet"):
             raise ValueError(f"its name ends in {file.suffix or 'nothing'}")
-        first = file.read_bytes().lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+        with open(file, "rb") as f:
+            first = f.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
         if not first or kind == "json" and first == b"[":
             raise ValueError("line 1 is an array, write one object a line" if first
                              else "it is empty")
         # All columns of a CSV stay text, or 0302 would become 302.
         text = {"keep_default_na": False, "converters": dict.fromkeys(range(100), str)}
         read = getattr(datasets.Dataset, f"from_{kind}")
-        return list(read(str(file), streaming=True, **(text if kind == "csv" else {}))), source
+        try:
+            rows = read(str(file), streaming=True, **(text if kind == "csv" else {}))
+            return list(rows), source
+        except pyarrow.ArrowInvalid as error:    # it counts rows from 0
+            count = lambda row: f"in row {int(row[1]) + 1}"
+            raise ValueError(re.sub("in row ([0-9]+)$", count, str(error))) from error
 
 
 def hub_answers(huggingface_hub):

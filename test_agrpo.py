@@ -565,7 +565,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing():
     params = iter([p, frozen])                                  # as model.parameters() is
     assert agrpo.optimizer_step(params, optimizer, 1.0) == pytest.approx(5.0) and (p < 1).all()
     assert frozen.grad is None
-    before = p.tolist()                                         # nor does one that is zero,
+    before = p.tolist()                                         # nor does one that is zero
     assert agrpo.optimizer_step([p], optimizer, 1.0) == 0 and p.tolist() == before
 
 

@@ -305,15 +305,15 @@ def bench_update(args, cfg):
           + f"\nB {args.B}, P {args.P}, C {cfg.C}, m {cfg.m}, block {cfg.block_length}, "
           f"k {cfg.k}, micro_batch {cfg.micro_batch}, top_k {cfg.top_k}, rounds {args.rounds}")
 
-    # The same question ids, pairs and draws for everybody: k evenly spaced steps of each row, so
-    # that with as many blocks as k each has B pairs.
+    # The same question ids, pairs and draws for everybody: k evenly spaced steps of each row,
+    # so that with k blocks each has B pairs. First all rows' first step, then their second.
     rng = torch.Generator().manual_seed(0)
     q = torch.randint(3, len(weights), (args.B, args.P), generator=rng).to(cfg.device)
     A = torch.linspace(-1, 1, args.B, dtype=torch.float64).to(cfg.device)
+    p = torch.full((args.B, cfg.m), 1 / cfg.m, dtype=torch.float64, device=cfg.device)
     offset = torch.rand(args.B, 1, generator=rng)
-    steps = ((torch.arange(cfg.k) + offset) * cfg.m / cfg.k).long().clamp(max=cfg.m - 1)
-    rows, steps = torch.arange(args.B).repeat(cfg.k), steps.t().flatten()
-    pairs = [x.to(cfg.device) for x in (rows, steps, torch.full(rows.shape, cfg.m / cfg.k))]
+    pairs = [x.reshape(args.B, cfg.k).t().flatten()
+             for x in agrpo.sample_timesteps(p, cfg.k, offset)]
     runs = {name: [] for name in everyone}
     for _ in range(weights.is_cuda + args.rounds):      # the first on a GPU warms it up
         for name, policy in everyone.items():
@@ -321,13 +321,15 @@ def bench_update(args, cfg):
     print_updates({name: found[-args.rounds:] for name, found in runs.items()})
 
 
+def now():
+    """Seconds, when what the GPU was given is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def one_update(policy, q, A, pairs, cfg):
     """Seconds of rollout and of loss, max |rho - 1|, GiB at the peak beside the weights."""
-    def now():
-        if q.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     if q.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -405,17 +407,19 @@ def bench_count(args, cfg):
           f"{'float32':>9s}{'ms':>6s}" + here * f"{'measured':>10s}")
     policy = counted_policy(shape, "meta")
     real = counted_policy(shape, "cuda") if here else None
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
         # Tensors on "meta" have no autocast. These have no memory either, but a device.
         policy.model.to_empty(device="cpu")
     kinds = ("no adapters", "float32 adapters", "the same under bf16 autocast")
     # Without adapters there is nothing to differentiate.
-    for what, rows, names in (("rollout step, 16 rows", 16, kinds),
-                              ("loss pass, 4 rows", 4, kinds[1:])):
+    for what, rows, backward, names in (("rollout step, 16 rows", 16, False, kinds),
+                                        ("loss pass, 4 rows", 4, True, kinds[1:])):
         for name in names:
-            with FakeTensorMode(allow_non_fake_inputs=True), Count() as count:
-                one_pass(policy, rows, name)
-            measured = f"{measure_pass(real, rows, name):10.0f}" if here else ""
+            run = partial(one_pass, rows=rows, name=name, backward=backward)
+            with fake, Count() as count:
+                run(policy)
+            measured = f"{median_ms(partial(run, real)):10.0f}" if here else ""
             half, single = count.flops[2] / 1e12, count.flops[4] / 1e12
             print(f"{what:25s}{name:36s}{count.bytes / 1e9:6.0f}{half:14.1f}{single:9.2f}"
                   f"{count.ms:6.0f}{measured}")
@@ -428,9 +432,9 @@ def counted_policy(shape, device):
     return policy
 
 
-def one_pass(policy, rows, name, L=584, W=3):
-    """A forward of rows of L tokens, W of them scored; of 4 rows the backward, too."""
-    autocast, backward = name.endswith("autocast"), rows == 4
+def one_pass(policy, rows, name, backward, L=584, W=3):
+    """One forward of rows of L tokens, W of them scored, and if asked its backward."""
+    autocast = name.endswith("autocast")
     for module in policy.model.modules():
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = not autocast      # on as peft leaves it
@@ -446,15 +450,13 @@ def one_pass(policy, rows, name, L=584, W=3):
     policy.model.zero_grad()
 
 
-def measure_pass(policy, rows, name):
-    """Median milliseconds of five passes, after two that warm up."""
+def median_ms(run):
+    """Median milliseconds of five calls, after two that warm up."""
     times = []
     for _ in range(7):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        one_pass(policy, rows, name)
-        torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
+        start = now()
+        run()
+        times.append(1e3 * (now() - start))
     return statistics.median(times[2:])
 
 

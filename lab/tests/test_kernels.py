@@ -547,7 +547,6 @@ def test_rollout_and_gradient_agree_between_kernel_and_reference(device, how, mo
 
 @needs_triton
 @same_on_gpu
-@same_on_gpu
 def test_the_benchmark_checks_the_kernel_where_there_is_no_gpu():
     done = python(ROOT / "lab" / "bench.py", "kernel", TRITON_INTERPRET=None)
     assert done.returncode == 0, done.stderr
