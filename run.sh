@@ -13,7 +13,9 @@ bash run.sh COMMAND [flags]          times on 2 CPU cores with the tiny model
   countdown       train on Countdown: three numbers, one target             2 minutes
   sudoku          train on 4x4 Sudoku                                       2 minutes
   gsm8k, math     train on word problems: with --preset llada or qwen, on a GPU
+  antibody        steer a real pretrained model, AntiBERTy (97 MB)          10 minutes
   FILE.py         train on a task of your own
+  walkthrough     AGRPO step by step, one page in runs/walkthrough.html     a minute
   eval            a model, or base beside --adapter, at several --steps     a minute
   watch           one problem, denoised step by step; --gif draws it        seconds
   plan            memory, disk and hours of a run; downloads nothing        seconds
@@ -22,8 +24,8 @@ bash run.sh COMMAND [flags]          times on 2 CPU cores with the tiny model
   tiny            make the tiny model in lab/tiny again                     45 minutes, one core
   test            every test, in two processes                              3 minutes
 
-The same command again goes on where it stopped. After the first one, .venv/bin/python agrpo.py
---help lists the flags, and torchrun --nproc_per_node 8 -- agrpo.py ... uses eight GPUs.
+The same command again goes on where it stopped. After the first one, .venv/bin/python lab/run.py
+--help lists the flags, and torchrun --nproc_per_node 8 -- lab/run.py ... uses eight GPUs.
 MENU
 }
 
@@ -38,6 +40,21 @@ setup() {  # once, and again only when requirements.txt changes
     fi
 }
 
+walkthrough() {  # lab/walkthrough.py, executed, as one page
+    local python=.venv/bin/python keep=$PWD/runs/.jupyter       # nothing into the home folder
+    "$python" -c "import jupytext, nbconvert, ipykernel" 2>/dev/null ||
+        "$python" -m pip install --quiet --disable-pip-version-check \
+            $(sed -n 's/^# walkthrough: //p' requirements.txt)
+    export IPYTHONDIR=$keep JUPYTER_DATA_DIR=$keep JUPYTER_CONFIG_DIR=$keep
+    export PYTHONWARNINGS="ignore:IProgress not found"          # tqdm's, of a notebook
+    "$python" -m jupytext --quiet --to ipynb --output - lab/walkthrough.py |
+        "$python" -m nbconvert --execute --stdin --to html --output-dir runs \
+            --output walkthrough --log-level=ERROR \
+            --ExecutePreprocessor.extra_arguments=--log-level=ERROR
+    rm -rf "$keep"
+    echo "written to runs/walkthrough.html"
+}
+
 command=${1:-menu}
 [ $# -gt 0 ] && shift
 case $command in
@@ -47,9 +64,14 @@ case $command in
     eval)             run=(lab/evaluate.py) ;;
     watch|plan|bench) run=(lab/"$command".py) ;;
     lab)              run=(lab/experiments.py) ;;
+    walkthrough)      setup; walkthrough; exit ;;
     tiny)             run=(lab/make_tiny.py) ;;
-    math)             run=(agrpo.py --task lab/math_task.py) ;;
-    *)                run=(agrpo.py --task "$command") ;;
+    antibody)         setup; .venv/bin/python lab/antibody_task.py || exit
+                      run=(lab/run.py --task lab/antibody_task.py --model runs/antiberty --C 22 --m 2
+                           --unmasking max_prob --k 1 --questions 4 --G 8 --lr 5e-4 --beta 0.02
+                           --updates 60 --eval_n 100 --eval_every 60 --steps 2) ;;
+    math)             run=(lab/run.py --task lab/math_task.py) ;;
+    *)                run=(lab/run.py --task "$command") ;;
 esac
 setup
 exec .venv/bin/python "${run[@]}" "$@"

@@ -6,13 +6,14 @@
     bash run.sh bench update --model FOLDER --trust_remote_code
     bash run.sh bench count                bytes and FLOPs of an 8B model, and on a GPU its time
 
-kernel   kernels.py beside eager PyTorch, torch.compile, Liger's cross entropy if installed and
+kernel   kernels.py beside eager PyTorch, torch.compile, Liger and TRL if installed, and
          a plain copy, on random logits of LLaDA's vocabulary, then the bars it has to clear.
          Without a GPU only whether it is correct, in Triton's interpreter.
 update   seconds of one rollout and of one loss (forward and backward of B k pairs) by each
          policy, with the same random weights, pairs and draws, in turn; and the official code's
          way: LM head in the model's dtype on all positions, one forward a timestep, no two rows
-         in one. For nobody does a row end early or a group have no gradient.
+         in one. For nobody does a row end early or a group have no gradient. Then the same
+         beside the official way at equal variance: by --equal_k timesteps of ours.
 count    a rollout step and a loss pass of an 8B model on tensors without memory: bytes read and
          written, FLOPs by dtype, and what a model of an H100 takes for them; with float32
          adapters as peft leaves them and under agrpo.py's bf16 autocast. On a GPU the
@@ -41,11 +42,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "lab")]
 import agrpo
 import kernels
+import models
+import run
 from kernels import logprobs_and_entropy
+from tasks import TaskError
 
 # --- kernel -----------------------------------------------------------------------------------
 
@@ -58,7 +62,7 @@ PASSES = {"forward": 1, "backward": 2, "both": 3}      # over the logits, at lea
 BARS = [("forward", "copy", 0.75, 0.75), ("backward", "copy", 0.80, 0.80),
         ("forward", "eager", 12, 6), ("backward", "eager", 10, 6),
         ("forward", "compile", 1.0, 1.0), ("backward", "compile", 0.95, 0.95),
-        ("both", "liger", 1.2, 1.2)]
+        ("both", "liger", 1.2, 1.2), ("both", "trl", 1.0, 1.0)]
 DTYPES = torch.bfloat16, torch.float32
 
 
@@ -138,6 +142,12 @@ def implementations():
         calls["liger"] = lambda x, labels: (cross_entropy(x, labels),)
     except ImportError:
         print("Liger-Kernel is not installed: not measured")
+    try:
+        # No pip package: kernels/torch-ext of huggingface/trl, put on PYTHONPATH.
+        from trl_losses import selective_log_softmax_and_entropy
+        calls["trl"] = partial(selective_log_softmax_and_entropy, temperature=T)
+    except ImportError:
+        print("trl-losses, TRL's fused kernel, is not installed: not measured")
     return calls
 
 
@@ -163,14 +173,14 @@ def measure_kernel(triton, call, dtype, N):
         return torch.autograd.grad(call(x, labels), x, grads)
 
     measured, stat = {}, "requested_bytes.all."
-    for run in (forward, backward, both):
-        times = triton.testing.do_bench(run, quantiles=[0.5, 0.2, 0.8])
+    for phase in (forward, backward, both):
+        times = triton.testing.do_bench(phase, quantiles=[0.5, 0.2, 0.8])
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_stats()[stat + "current"]
-        result = run()                                  # lives until the peak is read
+        result = phase()                                # lives until the peak is read
         extra = torch.cuda.memory_stats()[stat + "peak"] - before
         del result
-        measured[run.__name__] = (*(1000 * ms for ms in times), extra / 1e6)
+        measured[phase.__name__] = (*(1000 * ms for ms in times), extra / 1e6)
     return measured
 
 
@@ -213,7 +223,7 @@ def build(shape, dtype, device):
     from transformers import AutoModelForCausalLM, Qwen3Config
     numbers = SHAPES.get(shape) or tuple(int(n) for n in shape.split(",") if n.isdigit())
     if len(numbers) != 6:
-        raise agrpo.UserError(f"--shape {shape}: choose from {', '.join(SHAPES)}, or give six "
+        raise TaskError(f"--shape {shape}: choose from {', '.join(SHAPES)}, or give six "
                               "numbers with commas between them, which --help names")
     hidden, intermediate, layers, heads, kv_heads, vocabulary = numbers
     config = Qwen3Config(
@@ -249,10 +259,9 @@ class OfficialWay(agrpo.Policy):
         head.weight.data = head.weight.data.to(self.dtype)
 
     def __call__(self, ids, mask, positions, block=None):
-        N, L = ids.shape
-        self.positions = torch.arange(L, device=ids.device).expand(N, L)
-        logits = self.run_model(ids, mask)                                  # (N, L, V)
-        row = torch.arange(N, device=ids.device)[:, None]
+        with self.autocast():
+            logits = self.model(input_ids=ids, attention_mask=mask).logits  # (N, L, V)
+        row = torch.arange(len(ids), device=ids.device)[:, None]
         return logits[row, positions - self.shift].float()
 
 
@@ -271,27 +280,35 @@ def one_pass_a_timestep(policy, traj, A, pairs, micro_batch):
 def policies(args, cfg):
     """{name: policy}, each on modules of its own, all on the same weights."""
     if args.model:
-        model, tokenizer = agrpo.load_model(replace(cfg, model=args.model))
+        model, tokenizer = models.load_model(replace(cfg, model=args.model))
     else:
         model, tokenizer = build(args.shape, getattr(torch, cfg.dtype), cfg.device)
     kinds = {"official way": OfficialWay, "Policy": agrpo.Policy}
     file = Path(__file__).with_name("policies.py")
     for name in filter(None, args.policies.split(",")):
-        kinds[name] = agrpo.import_file(f"{file}:{name}", "--policies")
+        kinds[name] = models.import_file(f"{file}:{name}", "--policies")
     made, shared = {}, {id(p): p for p in model.parameters()}               # not copied
     for name, kind in kinds.items():
         try:
             own = copy.deepcopy(model, dict(shared))
             policy = made[name] = kind(own, tokenizer, MASK, cfg.device)
-        except agrpo.UserError as e:
+        except TaskError as e:
             print(f"{name} is left out: {e}")
             continue
-        agrpo.add_adapters(policy, cfg)
+        models.add_adapters(policy, cfg)
         policy.eos_id, policy.fill_ids = -1, {-1}                           # nothing ends early
     return made
 
 
+# At this share of its timesteps AGRPO's draws have the variance of the official sampler's:
+# `bash run.sh lab variance`, see lab/RESULTS.md.
+EQUAL = 0.2
+
+
 def bench_update(args, cfg):
+    if cfg.k % 1:
+        raise TaskError(f"--k {cfg.k:g}: each row has as many timesteps here, give a whole one")
+    equal_k = args.equal_k or EQUAL * cfg.k
     everyone = policies(args, cfg)
     model = everyone["Policy"].model
     size = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -303,22 +320,31 @@ def bench_update(args, cfg):
           f"{size / 1e6:.0f} M parameters, {cfg.dtype}, LoRA r {cfg.lora_r}"
           + ", activations recomputed" * cfg.recompute
           + f"\nB {args.B}, P {args.P}, C {cfg.C}, m {cfg.m}, block {cfg.block_length}, "
-          f"k {cfg.k}, micro_batch {cfg.micro_batch}, top_k {cfg.top_k}, rounds {args.rounds}")
+          f"k {cfg.k:g}, micro_batch {cfg.micro_batch}, top_k {cfg.top_k}, rounds "
+          f"{args.rounds}")
 
     # The same question ids, pairs and draws for everybody: k evenly spaced steps of each row,
     # so that with k blocks each has B pairs. First all rows' first step, then their second.
     rng = torch.Generator().manual_seed(0)
     q = torch.randint(3, len(weights), (args.B, args.P), generator=rng).to(cfg.device)
     A = torch.linspace(-1, 1, args.B, dtype=torch.float64).to(cfg.device)
-    p = torch.full((args.B, cfg.m), 1 / cfg.m, dtype=torch.float64, device=cfg.device)
-    offset = torch.rand(args.B, 1, generator=rng)
-    pairs = [x.reshape(args.B, cfg.k).t().flatten()
-             for x in agrpo.sample_timesteps(p, cfg.k, offset)]
+    pairs = [x.reshape(args.B, -1).t().flatten() for x in evenly(args.B, cfg.m, round(cfg.k))]
+    fewer = evenly(args.B, cfg.m, equal_k)
+    pairs, fewer = ([x.to(cfg.device) for x in each] for each in (pairs, fewer))
     runs = {name: [] for name in everyone}
     for _ in range(weights.is_cuda + args.rounds):      # the first on a GPU warms it up
         for name, policy in everyone.items():
-            runs[name].append(one_update(policy, q, A, pairs, cfg))
-    print_updates({name: found[-args.rounds:] for name, found in runs.items()})
+            runs[name].append(one_update(policy, q, A, pairs, fewer, cfg))
+    runs = {name: found[-args.rounds:] for name, found in runs.items()}
+    print_updates({name: [timed for timed, _ in found] for name, found in runs.items()})
+    print_equal({name: [(rollout, equal) for (rollout, *_), equal in found]
+                 for name, found in runs.items()}, equal_k)
+
+
+def evenly(B, m, k):
+    """About B k pairs, as many of each row, evenly spaced through its steps: rows, steps, w."""
+    p = torch.full((B, m), 1 / (B * m), dtype=torch.float64)
+    return agrpo.sample_timesteps(p, max(1, round(B * k)), 0.5)
 
 
 def now():
@@ -328,8 +354,9 @@ def now():
     return time.perf_counter()
 
 
-def one_update(policy, q, A, pairs, cfg):
-    """Seconds of rollout and of loss, max |rho - 1|, GiB at the peak beside the weights."""
+def one_update(policy, q, A, pairs, fewer, cfg):
+    """Seconds of rollout and of loss, max |rho - 1|, GiB at the peak beside the weights; and
+    seconds of the loss of `fewer` pairs, which the official way has not."""
     if q.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -340,10 +367,14 @@ def one_update(policy, q, A, pairs, cfg):
         ratio = one_pass_a_timestep(policy, traj, A, pairs, cfg.micro_batch)
     else:
         ratio = agrpo.add_gradient(policy, traj, A, pairs, cfg.eps, cfg.micro_batch).ratio
-    end = now()
-    policy.model.zero_grad(set_to_none=True)
+    end = equal = now()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if q.is_cuda else 0.0
-    return rolled - start, end - rolled, (ratio - 1).abs().max().item(), peak
+    if not isinstance(policy, OfficialWay):
+        agrpo.add_gradient(policy, traj, A, fewer, cfg.eps, cfg.micro_batch)
+        equal = now()
+    policy.model.zero_grad(set_to_none=True)
+    timed = rolled - start, end - rolled, (ratio - 1).abs().max().item(), peak
+    return timed, equal - end or end - rolled
 
 
 def print_updates(runs):
@@ -362,6 +393,20 @@ def print_updates(runs):
         a, b, c = (base / ours for base, ours in zip(first, medians))
         print(f"{name:19s}{spread(rollout):24s}{spread(loss):24s}{a:22.2f}{b:6.2f}{c:8.2f}"
               f"{max(off):12.0e}{max(peak):6.1f}")
+
+
+def print_equal(runs, equal_k):
+    """The same with as many pairs as the first's variance takes: {name: [(rollout, loss)]}"""
+    print(f"\nat equal variance, {equal_k:.3g} timesteps a row but for the first: seconds of "
+          f"rollout and loss, times as fast\n{'':19s}{'rollout':>8s}{'loss':>8s}{'loss':>14s}"
+          f"{'update':>8s}")
+    first = None
+    for name, found in runs.items():
+        rollout, loss, update = (statistics.median(x) for x in zip(
+            *((a, b, a + b) for a, b in found)))
+        first = first or (loss, update)
+        print(f"{name:19s}{rollout:8.2f}{loss:8.2f}{first[0] / loss:14.2f}"
+              f"{first[1] / update:8.2f}")
 
 
 # --- count ------------------------------------------------------------------------------------
@@ -416,10 +461,10 @@ def bench_count(args, cfg):
     for what, rows, backward, names in (("rollout step, 16 rows", 16, False, kinds),
                                         ("loss pass, 4 rows", 4, True, kinds[1:])):
         for name in names:
-            run = partial(one_pass, rows=rows, name=name, backward=backward)
+            work = partial(one_pass, rows=rows, name=name, backward=backward)
             with fake, Count() as count:
-                run(policy)
-            measured = f"{median_ms(partial(run, real)):10.0f}" if here else ""
+                work(policy)
+            measured = f"{median_ms(partial(work, real)):10.0f}" if here else ""
             half, single = count.flops[2] / 1e12, count.flops[4] / 1e12
             print(f"{what:25s}{name:36s}{count.bytes / 1e9:6.0f}{half:14.1f}{single:9.2f}"
                   f"{count.ms:6.0f}{measured}")
@@ -428,7 +473,7 @@ def bench_count(args, cfg):
 def counted_policy(shape, device):
     model, words = build(shape, torch.bfloat16, device)
     policy = agrpo.Policy(model, words, MASK, "cpu" if device == "meta" else device)
-    agrpo.add_adapters(policy, agrpo.parse(["--lora_r", "64"]))
+    models.add_adapters(policy, run.parse(["--lora_r", "64"]))
     return policy
 
 
@@ -439,23 +484,27 @@ def one_pass(policy, rows, name, backward, L=584, W=3):
         if hasattr(module, "cast_input_dtype_enabled"):
             module.cast_input_dtype_enabled = not autocast      # on as peft leaves it
     ids = torch.randint(1000, (rows, L), device=policy.device)
-    policy.positions = ids[:, :W] % L
+    row, at = torch.arange(rows, device=policy.device)[:, None], ids[:, :W] % L
+
+    def asked(head, args):             # Policy.logits, but for its search for equal rows
+        return args[0][row, at].to(head.weight.dtype)
     nothing = contextlib.nullcontext()
     adapters = policy.reference() if name == "no adapters" else nothing
     with torch.set_grad_enabled(backward), adapters:
-        with policy.autocast() if autocast else nothing:
+        with policy.head.register_forward_pre_hook(asked), \
+                policy.autocast() if autocast else nothing:
             logits = policy.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
         if backward:
             logits.sum().backward()
     policy.model.zero_grad()
 
 
-def median_ms(run):
+def median_ms(work):
     """Median milliseconds of five calls, after two that warm up."""
     times = []
     for _ in range(7):
         start = now()
-        run()
+        work()
         times.append(1e3 * (now() - start))
     return statistics.median(times[2:])
 
@@ -469,27 +518,31 @@ LIKE_LLADA = ("--C 96 --m 32 --block_length 12 --k 8 --temperature 0.6 --top_k 1
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     whats = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    parser = agrpo.Parser(
+    parser = run.Parser(
         prog="bash run.sh bench [kernel] [update] [count]", description=__doc__,
-        epilog=f"further flags: those of python agrpo.py --help; here {' '.join(LIKE_LLADA)}")
+        epilog=f"further flags: those of python lab/run.py --help; here {' '.join(LIKE_LLADA)}")
     parser.add_argument("--shape", default="small", help="of random weights [small]: "
                         + ", ".join(SHAPES) + ", or "
                         "HIDDEN,INTERMEDIATE,LAYERS,HEADS,KV_HEADS,VOCABULARY")
     parser.add_argument("--model", default="", help="a folder or hub id instead of a shape")
     parser.add_argument("--policies", default="BlockCausal,FrozenBlockCausal,FrozenContext",
                         help="classes of lab/policies.py [%(default)s]")
+    parser.add_argument("--equal_k", type=float, help="timesteps a row with which AGRPO's "
+                        "draws are no noisier than the official way's at --k "
+                        f"[{EQUAL} of --k]")
     for name, default, about in (("B", 8, "rows"), ("P", 200, "tokens of a prompt"),
                                  ("rounds", 3, "updates of each policy")):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} [{default}]")
     args, rest = parser.parse_known_args(argv[len(whats):])
     half = ["--dtype", "bfloat16"] * torch.cuda.is_available()
-    cfg = agrpo.parse([*LIKE_LLADA, *half, *rest])
+    cfg = run.parse([*LIKE_LLADA, *half, *rest])
     kinds = {"kernel": bench_kernel, "update": bench_update, "count": bench_count}
+    cfg.micro_batch = cfg.micro_batch or args.B             # 0: all rows at once
     for what in whats or ["kernel", "update"]:
         if what not in kinds:
-            raise agrpo.UserError(f"{what} is no benchmark: choose from {', '.join(kinds)}")
+            raise TaskError(f"{what} is no benchmark: choose from {', '.join(kinds)}")
         kinds[what](args, cfg)
 
 
 if __name__ == "__main__":
-    sys.exit(agrpo.in_one_sentence(main))
+    sys.exit(run.in_one_sentence(main))

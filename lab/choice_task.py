@@ -1,4 +1,4 @@
-"""Multiple choice, tasks of one's own: `agrpo.py --task lab/choice_task.py --preset llada`.
+"""Multiple choice, tasks of one's own: `lab/run.py --task lab/choice_task.py --preset llada`.
 
     {"question": "Where do fish live?", "choices": ["sand", "water"], "answer": "B"}
     <think>gills</think><answer>B</answer>
@@ -24,14 +24,23 @@ def prompt(example):
                       "\n".join([example["question"], *lines]))
 
 
+# How the letter is written, and what may stand around it, which says nothing more
+BRACES = r"\\(?:boxed|fbox|textbf|mathbf|text)\s*\{([^{}]*)\}"
+LAYOUT = ((BRACES, r"\1"), (BRACES, r"\1"),             # \boxed{\text{B}}
+          (r"\*\*|^[\s$]+|[\s$]+$", ""), (r"^\{([^{}]*)\}$", r"\1"),
+          (r"^(?:the |final |correct |best )*answer(?: is)?\s*:?\s+(?=[\W]?[A-Za-z]\b)", ""))
+LETTER = re.compile(r"[(\[]?([A-Za-z])"
+                    r"(?:\s*[-–—]\s+(\S.*)|[).:\]]+(?:\s+(?:[-–—]\s+)?(\S.*))?)?")
+
+
 def letter_of(answer, choices):
-    """B, b, (B), \\boxed{B}, "B. water": the letter of one choice, or None."""
-    answer = re.sub(r"\\boxed\s*\{(.*)\}", r"\1", answer.strip(), flags=re.DOTALL).strip(" $")
-    answer = re.sub(r"^\\text\s*\{(.*)\}$", r"\1", answer)
-    match = re.fullmatch(r"\(?([A-Za-z])(?:[).:]+(?:\s+(\S.*))?)?", answer)
+    """B, b, [B], \\boxed{B}, "Answer: **B**", "B. water", "B - water": the letter, or None."""
+    for pattern, replacement in LAYOUT:
+        answer = re.sub(pattern, replacement, answer, flags=re.IGNORECASE)
+    match = LETTER.fullmatch(answer)
     if match is None or match[1].upper() not in string.ascii_uppercase[:len(choices)]:
         return None
-    letter, words = match[1].upper(), (match[2] or "").strip(" .").casefold()
+    letter, words = match[1].upper(), (match[2] or match[3] or "").strip(" .").casefold()
     stated = [choice.strip(" .").casefold() for choice in choices]
     own = stated.pop(string.ascii_uppercase.index(letter))
     # "B. or A", "B. A", "B. here", "B. water (A)" say two things, unless choice B says so.
@@ -43,19 +52,20 @@ def letter_of(answer, choices):
 
 
 def grade(text, example):
-    found = tasks.last_answer(text)
-    format = 0.5 * found.thought + 0.5 * found.tagged
-    letter = letter_of((found.content or "")[:1000], example["choices"])
+    content, tagged, thought = tasks.last_answer(text)
+    format = 0.5 * thought + 0.5 * tagged
+    letter = letter_of((content or "")[:1000], example["choices"])
     if letter is None:
-        reason = "no <answer>" if found.content is None else "not the letter of one choice"
-        return tasks.graded(format, 0, reason, found.content or "", found.tagged)
-    right = letter == example["answer"]
-    return tasks.graded(format, right, f"chose {letter}", letter, found.tagged)
+        reason = "no <answer>" if content is None else "not the letter of one choice"
+        return tasks.graded(format, 0, reason, content or "", tagged)
+    return tasks.graded(format, letter == example["answer"], f"chose {letter}", letter, tagged)
 
 
 def key(example):
     """The same choices in another order are the same problem."""
-    return tasks.question_key(example), sorted(map(tasks.plain, example["choices"]))
+    question, *choices = ("".join(text.split()).casefold()
+                          for text in (example["question"], *example["choices"]))
+    return question, sorted(choices)
 
 
 def checked(question, choices, letter):

@@ -1,18 +1,18 @@
-"""Estimates of the policy gradient from the field, as recipes on one `score`, beside AGRPO's.
+"""Estimates of the policy gradient from the field, as recipes, beside AGRPO's.
 
 An estimator adds the gradient of -J of one batch of rollouts to .grad, as agrpo.policy_gradient
 does: (policy, traj, A, cfg, rand) -> Seen. So agrpo.train(..., gradient=it) trains with it.
 
 Nearly all differ in one choice only: which masked states of the finished o are scored, and with
-what weights. A recipe returns that choice as `States`; `score` does the rest. They want --mu 1:
-with a ratio of 1 every clipped loss has the gradient  w A grad log p(token | q, x).
+what weights. A recipe returns that choice as `States`; `score_states` does the rest. With a
+ratio of 1 every clipped loss has the gradient  w A grad log p(token | q, x): so --mu 1.
 
 eos       which tokens count: "first", those up to and including the first EOS, or "all"
 constant  factors of a row, like 1 / L, are left out: they are a length bias of their own
 
 JustGRPO (LeapLabTHU/JustGRPO) needs no recipe: it is AGRPO with block_length 1, m = C, every
-step and --divide_by_std. Not reducible to `score`: VRPO, DMPO, StableDRL (pairs of answers or a
-second model), MDPO (a reward per step), IGPO, value models, learned or sampled orders.
+step and --divide_by_std. Not reducible to `States`: VRPO, DMPO, StableDRL (pairs of answers or
+a second model), MDPO (a reward per step), IGPO, value models, learned or sampled orders.
 """
 import sys
 from dataclasses import replace
@@ -20,13 +20,13 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
+import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "lab")]
 import agrpo
-
-NOTHING = agrpo.Seen(torch.zeros(0), torch.zeros(0), torch.zeros(0), 0)
-
+from tasks import TaskError
 
 class States(NamedTuple):
     """K masked states of each row's finished o, and how much each token in them counts."""
@@ -37,39 +37,68 @@ class States(NamedTuple):
     q: Optional[torch.Tensor] = None   # (B, P) another prompt than the rollout's
 
 
-def score(policy, traj, cfg, states):
+NOTHING = agrpo.Seen(*torch.zeros(3, 0, 1), 0)
+
+
+def score_states(policy, traj, cfg, states):
     """Add the gradient of -J,  J = 1 / (m B) sum w A log p(o | q, x),  to .grad. Returns Seen.
 
-    Every place goes through the LM head, scored or not: good enough for small models.
+    A token is scored in its own block, as it was written: one forward for each state and block
+    in which some token has a weight. Good enough for small models.
     """
     hidden, w, A, weigh, q = states
-    B, K, C = hidden.shape
+    (B, K, C), length = hidden.shape, traj.how.block_length
     q = traj.q if q is None else q
-    everywhere = torch.arange(C, device=q.device)
-    block = agrpo.Block(q.shape[1], q.shape[1] + C, {})         # these recipes know no blocks
-    seen = [NOTHING]
+    passed = [A.new_zeros(0, dtype=torch.long)]                 # the row of each forward
     for rows in (A != 0).nonzero()[:, 0].split(max(1, cfg.micro_batch // K)):
         each = rows.repeat_interleave(K)                                    # (n K,)
-        tokens = traj.o[each]
-        x = torch.where(hidden[rows].flatten(0, 1), policy.mask_id, tokens)
-        where = everywhere.expand_as(x)
-        logits = agrpo.denoise(policy, q[each], traj.q_mask[each], x, where, block)
-        logp, _ = agrpo.score(logits, tokens, traj.how)
-        logp = logp.view(-1, K, C)
+        o, counts = traj.o[each], (w[rows] != 0).flatten(0, 1)              # (n K, C)
+        x = torch.where(hidden[rows].flatten(0, 1), policy.mask_id, o)
+        parts = []
+        for start in range(0, C, length):
+            at = slice(start, start + length)
+            some = counts[:, at].any(dim=1).nonzero()[:, 0]                 # (N,)
+            if len(some) == 0:
+                parts.append(w.new_zeros(len(each), length))
+                continue
+            of, where = each[some], torch.arange(C, device=q.device)[at].expand(len(some), -1)
+            block = agrpo.Block(q.shape[1] + start, q.shape[1] + start + length, {})
+            logits = agrpo.logits_at(policy, q[of], traj.q_mask[of], x[some], where, block)
+            logp, _ = agrpo.score(logits, o[some, at], traj.how)
+            parts.append(logp.new_zeros(len(each), length).index_copy(0, some, logp))
+            passed.append(of)
+        logp = torch.cat(parts, dim=1).view(-1, K, C)
         # Weights that depend on the model are constants to the gradient.
         weight = weigh(logp.detach().double(), rows) if weigh else w[rows]
-        J = (weight * A[rows, None, None] * logp).sum() / (traj.how.m * B)
-        (-J).backward()
-        ratio = torch.ones_like(x, dtype=torch.float32)
-        seen.append(agrpo.Seen(ratio, A[each, None].float(), 0 * ratio, 1))
-    return agrpo.merge(seen)
+        if logp.requires_grad:
+            J = (weight * A[rows, None, None] * logp).sum() / (traj.how.m * B)
+            (-J).backward()
+    A = A[torch.cat(passed), None]
+    return agrpo.Seen(torch.ones_like(A), A, torch.zeros_like(A), len(passed) - 1)
+
+
+def must_be_on_policy(cfg):
+    """Refuses, in a sentence, what the loss of most estimators does not have."""
+    for flag, most, what in (("beta", 0, "KL"), ("mu", 1, "ratio")):
+        if getattr(cfg, flag, most) > most:
+            raise TaskError(f"--{flag} {getattr(cfg, flag):g}: this estimator has no {what}, "
+                            "leave it out, or take AGRPO, by row, official or every step")
 
 
 def estimate(recipe, policy, traj, A, cfg, rand):
     """A recipe as an estimator."""
+    must_be_on_policy(cfg)
     if traj.support is not None:
-        raise agrpo.UserError("these estimators score all tokens: use --top_k 0 --top_p 1")
-    return score(policy, traj, cfg, recipe(policy, traj, A, cfg, rand))
+        raise TaskError("this estimator scores all tokens: use --top_k 0 --top_p 1")
+    return score_states(policy, traj, cfg, recipe(policy, traj, A, cfg, rand))
+
+
+def whole(k):
+    """k timesteps of each row: as many as that."""
+    if k != int(k):
+        raise TaskError(f"--k {k:g}: this estimator scores as many states of every row, give a "
+                        "whole number; only AGRPO spreads k over the batch")
+    return int(k)
 
 
 def tokens_a_step(traj):
@@ -94,16 +123,34 @@ def places(rand, among, l):
 
 # --- On the states of the rollout -------------------------------------------------------------
 
-def every_pair(traj, A):
-    """rows, steps (N,): every step that acted of every row of A != 0."""
-    return (tokens_a_step(traj) * (A != 0)[:, None]).nonzero().unbind(dim=1)
+def alive(A, cfg):
+    """Rows that have a gradient (B,)."""
+    return (A != 0) | (cfg.beta > 0)
+
+
+def every_pair(traj, rows):
+    """rows, steps (N,): every step that acted of the `rows` (B,) bool."""
+    return (tokens_a_step(traj) * rows[:, None]).nonzero().unbind(dim=1)
+
+
+def add_gradient(policy, traj, A, cfg, pairs):
+    """Of the clipped loss with all that the flags say of it."""
+    return agrpo.add_gradient(policy, traj, A, pairs, cfg.eps, cfg.micro_batch, cfg.ratio_per,
+                              cfg.beta)
 
 
 def every_step(policy, traj, A, cfg, rand):
     """The exact gradient: every step that acted, once."""
-    rows, steps = every_pair(traj, A)
-    pairs = (rows, steps, torch.ones_like(rows, dtype=torch.float64))
-    return agrpo.add_gradient(policy, traj, A, pairs, cfg.eps, cfg.micro_batch)
+    rows, steps = every_pair(traj, alive(A, cfg))
+    pairs = rows, steps, torch.ones_like(rows, dtype=torch.float64)
+    return add_gradient(policy, traj, A, cfg, pairs)
+
+
+def by_row(policy, traj, A, cfg, rand):
+    """AGRPO with k timesteps of every row, evenly spaced through the row's own CDF."""
+    p = row_probs(traj, cfg.follow) * alive(A, cfg)[:, None]
+    offset = offsets(len(p), whole(cfg.k), "systematic", rand)
+    return add_gradient(policy, traj, A, cfg, sample_rows(p, offset))
 
 
 def official(policy, traj, A, cfg, rand):
@@ -111,33 +158,34 @@ def official(policy, traj, A, cfg, rand):
     to each row's last non-EOS step, EOS tokens after it dropped (probablyabot/agrpo)."""
     no_text = (traj.o == policy.eos_id) | (traj.step_of == traj.how.m)
     n = traj.step_of.masked_fill(no_text, -1).amax(dim=1, keepdim=True) + 1  # (B, 1)
-    p = agrpo.timestep_probs(traj, "entropy", floor=1e-8)
-    p = p * (torch.arange(traj.how.m, device=p.device) < n) * (A != 0)[:, None]
+    p = row_probs(traj, "entropy", floor=1e-8) * alive(A, cfg)[:, None]
+    p = p * (torch.arange(traj.how.m, device=p.device) < n)
     p = p / p.sum(dim=1, keepdim=True).clamp(min=1e-100)
-    offset = offsets(len(p), cfg.k, "batch-strata", rand)
-    rows, steps, w = agrpo.sample_timesteps(p, cfg.k, offset)
-    pairs = (rows, steps, w * traj.how.m / n[rows, 0])
-    return agrpo.add_gradient(policy, traj, A, pairs, cfg.eps, cfg.micro_batch)
+    offset = offsets(len(p), whole(cfg.k), "batch-strata", rand)
+    rows, steps, w = sample_rows(p, offset)
+    return add_gradient(policy, traj, A, cfg, (rows, steps, w * traj.how.m / n[rows, 0]))
 
 
 def scored_at_one(policy, traj, A, cfg, rand):
     """AGRPO's pairs, but scored at T = 1 whatever the rollout's temperature was: as d1, wd1,
     SPG, TraceRL, d2 and EGSPO do. Equal to AGRPO where the temperature is 1."""
-    p = agrpo.timestep_probs(traj, cfg.follow)
-    points = (torch.arange(cfg.k) + rand(len(p), 1)) / cfg.k
-    t = agrpo.inverse_cdf(p, points.to(p.device))                           # (B, k)
-    w = 1 / (cfg.k * p.gather(1, t))
-    step_of = traj.step_of[:, None]
-    states = States(step_of >= t[..., None], (step_of == t[..., None]) * w[..., None], A)
-    at_one = replace(traj.how, temperature=1.0)
-    return score(policy, traj._replace(how=at_one), cfg, states)
+    p = agrpo.timestep_probs(traj, A.abs(), cfg.follow)
+    n = max(1, round(cfg.k * p.any(dim=1).sum().item()))
+    rows, steps, w = agrpo.sample_timesteps(p, n, rand(len(A), 1)[0, 0].item())
+    # Each pair as a row of its own, of which the mean over the batch knows nothing.
+    w = w[:, None, None] * len(rows) / len(A)
+    pairs = agrpo.Trajectory(*(None if x is None else x[rows] for x in traj[:-1]),
+                             replace(traj.how, temperature=1.0))
+    step_of, steps = pairs.step_of[:, None], steps[:, None, None]           # (N, 1, C)
+    states = States(step_of >= steps, (step_of == steps) * w, A[rows])
+    return estimate(lambda *_: states, policy, pairs, A[rows], cfg, rand)
 
 
 def step_merge(policy, traj, A, cfg, rand, N=0, eos="all"):
     """Neighbouring steps as one: N states [k], each scores the tokens of m / N steps. Unbiased
     at N = m only. d2-StepMerge (kuleshov-group/d2; eos "first"), CJ-GRPO
     (yjyddq/EOSER-ASS-RL)."""
-    N = min(N or cfg.k, traj.how.m)
+    N = min(N or whole(cfg.k), traj.how.m)
     cut = torch.arange(N + 1, device=traj.o.device)[:, None] * traj.how.m // N  # (N + 1, 1)
     step_of = traj.step_of[:, None]
     segment = (step_of >= cut[:-1]) & (step_of < cut[1:])                   # (B, N, C)
@@ -158,15 +206,20 @@ def tracerl(policy, traj, A, cfg, rand, N=0, eos="all"):
     return states._replace(w=states.w * full / tokens.clamp(min=1), A=A)
 
 
+def of_the_steps(traj, k):
+    """What each of k different steps of a row counts, (B, 1, 1): a row may have fewer."""
+    n = (tokens_a_step(traj) > 0).double().sum(dim=1)[:, None, None]
+    return n / n.clamp(max=k)
+
+
 def egspo(policy, traj, A, cfg, rand):
     """The k steps of largest mean entropy, each once, weight n / k: AGRPO's per-step gradients
     without the weights that make them unbiased (vishnutez/egspo-dllm-rl)."""
     tokens = tokens_a_step(traj)                                            # (B, m)
     entropy = agrpo.per_step(traj, traj.entropy) / tokens.clamp(min=1)
-    t = entropy.masked_fill(tokens == 0, -1.0).topk(cfg.k, dim=1).indices[..., None]
-    n = (tokens > 0).double().sum(dim=1)[:, None, None]
+    t = entropy.masked_fill(tokens == 0, -1.0).topk(whole(cfg.k), dim=1).indices[..., None]
     step_of = traj.step_of[:, None]
-    return States(step_of >= t, (step_of == t) * n / cfg.k, A)
+    return States(step_of >= t, (step_of == t) * of_the_steps(traj, cfg.k), A)
 
 
 def rldf(policy, traj, A, cfg, rand, sure=0.6, eos="first"):
@@ -177,13 +230,14 @@ def rldf(policy, traj, A, cfg, rand, sure=0.6, eos="first"):
     # The k largest of softmax logits + Gumbel noise are a draw without replacement.
     gumbel = -(-rand(*surprise.shape).clamp(min=1e-12).log()).log().to(surprise)
     noisy = (surprise + gumbel).masked_fill(tokens == 0, -torch.inf)
-    t = noisy.topk(cfg.k, dim=1).indices[..., None]                         # (B, k, 1)
+    t = noisy.topk(whole(cfg.k), dim=1).indices[..., None]                  # (B, k, 1)
     hidden, now = traj.step_of[:, None] >= t, traj.step_of[:, None] == t
-    w = counted(policy, traj, eos)[:, None].double() * traj.how.m / cfg.k
+    drawn = counted(policy, traj, eos) & (traj.step_of < traj.how.m)
+    w = hidden * drawn[:, None] * of_the_steps(traj, cfg.k)
 
     def weigh(logp, rows):
         return w[rows] * (now[rows] | hidden[rows] & (logp.exp() >= sure))
-    return States(hidden, hidden * w, A, weigh)
+    return States(hidden, w, A, weigh)
 
 
 # --- On states of their own: likelihoods of the finished text ---------------------------------
@@ -220,10 +274,10 @@ def elbo(policy, traj, A, cfg, rand, eos="all"):
     """LLaDA's bound on the likelihood (arXiv 2502.09992, eq. 14): l ~ U{1..L} random tokens
     masked and weighed by L / l; k draws. UniGRPO's first step is this with k = 1."""
     among = counted(policy, traj, eos)
-    L = among.sum(dim=1, keepdim=True, dtype=torch.float64)                 # (B, 1)
-    l = 1 + (rand(len(L), cfg.k).to(L.device) * L).long()                   # (B, k)
+    L, k = among.sum(dim=1, keepdim=True, dtype=torch.float64), whole(cfg.k)    # (B, 1)
+    l = 1 + (rand(len(L), k).to(L.device) * L).long()                       # (B, k)
     hidden = places(rand, among[:, None], l)
-    return States(hidden, hidden * (L / (l * cfg.k))[..., None], A)
+    return States(hidden, hidden * (L / (l * k))[..., None], A)
 
 
 def complements(policy, traj, rand, eos):
@@ -249,15 +303,12 @@ def gdsd(policy, traj, A, cfg, rand, eos="all"):
     return States(hidden, hidden.double() / 2, A)
 
 
-NODES = {2: ((0.2113, 0.7887), (1 / 2, 1 / 2)),                 # Gauss-Legendre on [0, 1]
-         3: ((0.1127, 0.5, 0.8873), (5 / 18, 8 / 18, 5 / 18))}
-
-
 def gdpo(policy, traj, A, cfg, rand, N=2, eos="first"):
-    """The bound's integral over the masked share by quadrature, one mask per node; its floor
-    loses 9 - 13 % of the weight at L = 12 (arXiv 2510.08554)."""
+    """The bound's integral over the masked share by Gauss-Legendre quadrature, one mask a node;
+    its floor loses 9 - 13 % of the weight at L = 12 (arXiv 2510.08554)."""
     among = counted(policy, traj, eos)
-    tau, share = torch.tensor(NODES[N], dtype=torch.float64, device=traj.o.device)
+    nodes, share = torch.tensor(np.array(np.polynomial.legendre.leggauss(N))).to(traj.o.device)
+    tau, share = (1 + nodes) / 2, share / 2                     # from [-1, 1] to [0, 1]
     l = (tau * among.sum(dim=1, keepdim=True)).long().clamp(min=1)          # (B, N)
     hidden = places(rand, among[:, None], l)
     return States(hidden, hidden * (share / tau)[:, None], A)
@@ -267,14 +318,14 @@ def spg(policy, traj, A, cfg, rand, K=2, power=1.5, eos="first"):
     """Sandwiched: a lower bound of the likelihood where A > 0, half of it and half of an upper
     one where A < 0; before a random block clean, after it masked (facebookresearch/SPG)."""
     among, length = counted(policy, traj, eos), traj.how.block_length
-    L = among.sum(dim=1, keepdim=True)                                      # (B, 1)
+    L = among.sum(dim=1, keepdim=True, dtype=torch.float64)                 # (B, 1)
     block = torch.arange(traj.how.C, device=L.device) // length             # (C,)
-    blocks = (L - 1) // length + 1
+    blocks = (L - 1) // length + 1                              # in which tokens count
     b = (rand(len(L), K).to(L.device) * blocks).long()[..., None]           # (B, K, 1)
     inside = among[:, None] & (block == b)
     l = 1 + (rand(len(L), K).to(L.device) * inside.sum(dim=2)).long()       # (B, K)
     s = places(rand, inside, l)
-    lower = s * (L.double() / (l * K))[..., None]
+    lower = s * (L / (l * K))[..., None]
 
     def weigh(logp, rows):
         v = s[rows] * logp.exp() ** power / l[rows, :, None]    # the share l / L; L cancels
@@ -288,8 +339,8 @@ def spg(policy, traj, A, cfg, rand, K=2, power=1.5, eos="first"):
 RECIPES = {"step-merge": step_merge, "TraceRL": tracerl, "EGSPO": egspo, "RLDF": rldf,
            "one-step": one_step, "wd1": wd1, "coupled": coupled, "ELBO": elbo, "ESPO": espo,
            "GDSD": gdsd, "GDPO": gdpo, "SPG": spg}
-ESTIMATORS = {"every step": every_step, "AGRPO": agrpo.policy_gradient, "official": official,
-              "scored at T = 1": scored_at_one,
+ESTIMATORS = {"every step": every_step, "AGRPO": agrpo.policy_gradient, "by row": by_row,
+              "official": official, "scored at T = 1": scored_at_one,
               **{name: partial(estimate, recipe) for name, recipe in RECIPES.items()}}
 STATES = {"one-step": 1, "wd1": 1, "coupled": 3, "ESPO": 2, "GDSD": 2, "GDPO": 2, "SPG": 2}
 
@@ -299,22 +350,93 @@ def forwards(name, cfg):
     return cfg.m if name == "every step" else STATES.get(name, cfg.k)
 
 
-# --- The variance of AGRPO's timestep samplers ------------------------------------------------
+# --- The last step drawn again ----------------------------------------------------------------
 
-POINTS = ("iid", "batch-strata", "strata", "systematic")
-SAMPLERS = [(follow, points) for follow in agrpo.FOLLOW for points in POINTS]
-SAMPLERS += [("true norm", "systematic"), ("surprise", "pooled")]
+def last_drawn_again(policy, traj, K, rand):
+    """Each row K times (B K, ..): as it is, then with other tokens from its last step.
+
+    A rollout has these logits at hand. Here they cost a forward pass.
+    """
+    how, last = traj.how, traj.how.m - 1
+    many = agrpo.Trajectory(*(None if x is None else x.repeat_interleave(K, dim=0)
+                              for x in traj[:-1]), how)
+    rows = (traj.step_of == last).any(dim=1).nonzero()[:, 0]    # others had ended before
+    if len(rows) == 0:
+        return many
+    step_of = traj.step_of[rows]
+    x = torch.where(step_of < last, traj.o[rows], policy.mask_id)
+    where = (step_of == last).nonzero()[:, 1].view(len(rows), -1)           # (R, W)
+    with torch.no_grad():
+        logits = agrpo.logits_at(policy, traj.q[rows], traj.q_mask[rows], x, where,
+                                 agrpo.enter_block(traj.q, how, last))
+    u = rand(len(traj.o), K, how.W).to(where.device)[rows]
+    for i in range(1, K):
+        tokens, support = agrpo.sample_tokens(logits, u[:, i], how)
+        logp, _ = agrpo.score(logits, tokens, how, support)
+        at = (rows * K + i)[:, None], where
+        many.o[at], many.logp_old[at] = tokens, logp.double()
+    return many
+
+
+def last_step(policy, traj, A, cfg, rand, rewards, K=8):
+    """AGRPO with K draws of each row's last step, all from the state that it was in.
+
+    The steps before get the row's mean reward, the last step K actions, each against the mean
+    of the others. rewards(traj, o (B K, C)) -> (B K,). A is not used.
+    """
+    must_be_on_policy(cfg)
+    m, last = traj.how.m, traj.how.m - 1
+    many = last_drawn_again(policy, traj, K, rand)
+    r = rewards(traj, many.o).view(-1, K)                                   # (B, K)
+    A = agrpo.group_advantages(r.mean(dim=1), cfg.G)
+    # r_k - the others' mean; and the factor that the group's mean costs the steps before.
+    A_last = agrpo.group_advantages(r.flatten(), K).view(-1, K) * K / (K - 1) * (1 - 1 / cfg.G)
+    # A last step is the mean of K actions: as long as one over sqrt(K), if they are unlike.
+    size = A.abs()[:, None].repeat(1, m)
+    size[:, last] = A_last.square().mean(dim=1).sqrt() / K ** 0.5
+    follow, one = dict(follow=cfg.follow, floor=0.0), torch.ones_like(A)
+    weight = agrpo.timestep_probs(traj, one, **follow) * size
+    live = (agrpo.timestep_probs(traj, one, "uniform") * size > 0).double()
+    p = 0.9 * weight / weight.sum().clamp(min=1e-100) + 0.1 * live / live.sum().clamp(min=1)
+    n = max(1, round(cfg.k * live.any(dim=1).sum().item()))
+    rows, steps, w = agrpo.sample_timesteps(p, n, rand(len(A), 1)[0, 0].item())
+    # Of a last step the K copies, which share one state: one forward of it, and one in the log.
+    early, late = steps < last, steps == last
+    copies = (rows[late, None] * K + torch.arange(K, device=rows.device)).flatten()
+    a = add_gradient(policy, traj, A, cfg, (rows[early], steps[early], w[early]))
+    b = add_gradient(policy, many, A_last.flatten(), cfg, (
+        copies, torch.full_like(copies, last), w[late].repeat_interleave(K)))
+    return agrpo.Seen(*(torch.cat([x, y[::K]]) for x, y in list(zip(a, b))[:3]),
+                      a.forwards + b.forwards)
+
+
+# --- Timestep samplers, and their variance ----------------------------------------------------
+
+# By row: k points of every row, through the row's own CDF.
+#   iid           no spreading
+#   batch-strata  B k strata dealt out over the whole batch, so a row's points may coincide: the
+#                 official code (after arXiv 2409.02908, app. G.2: one point per row)
+#   strata        one point in each k-th of [0, 1), drawn independently
+#   systematic    one offset, k evenly spaced points
+# Together: k points a live row on average, evenly spaced through one CDF of |A| times p.
+#   group         of the rows of one question
+#   batch         of all rows: AGRPO
+BY_ROW, TOGETHER = ("iid", "batch-strata", "strata", "systematic"), ("group", "batch")
+SAMPLERS = [(follow, points) for follow in agrpo.FOLLOW for points in BY_ROW]
+SAMPLERS += [("surprise", "group"), ("entropy", "batch"), ("surprise", "batch"),
+             ("true norm", "systematic"), ("true norm", "batch")]
+
+
+def row_probs(traj, follow, floor=0.1):
+    """agrpo.timestep_probs within each row: p (B, m) of which every row sums to 1."""
+    every = [agrpo.Trajectory(*(None if x is None else x[i:i + 1] for x in traj[:-1]), traj.how)
+             for i in range(len(traj.o))]
+    one = torch.ones(1, dtype=torch.float64, device=traj.o.device)
+    return torch.cat([agrpo.timestep_probs(row, one, follow, floor) for row in every])
 
 
 def offsets(B, k, points, rand=agrpo.uniforms):
-    """The offset (B, k) of agrpo.sample_timesteps for points other than evenly spaced ones.
-
-    iid           no spreading
-    batch-strata  B k strata dealt out over the whole batch, so a row's points may coincide:
-                  the official code (after arXiv 2409.02908, app. G.2: one point per row)
-    strata        one point in each k-th of [0, 1), drawn independently
-    systematic    AGRPO's here: one offset, k evenly spaced points
-    """
+    """Where in each k-th of a row's CDF its points stand (B, k), for the samplers by row."""
     if points == "systematic":
         return rand(B, 1).expand(B, k)
     u = rand(B, k)
@@ -326,20 +448,57 @@ def offsets(B, k, points, rand=agrpo.uniforms):
     return k * u - torch.arange(k)
 
 
-def draw_weights(p, A, k, points, draws):
+def sample_rows(p, offset):
+    """k steps of every row of p (B, m), at (j + offset) / k of its CDF; offset (B, k).
+
+    Returns rows, steps, w (N,), N <= B k; a step drawn twice is one of twice the weight. A row
+    of zeros yields nothing.
+    """
+    k = offset.shape[1]
+    points = (torch.arange(k, device=p.device) + offset.to(p)) / k
+    t = agrpo.inverse_cdf(p, points).clamp(max=p.shape[1] - 1)  # for the rows of zeros
+    draws = torch.zeros_like(p).scatter_add(1, t, torch.ones_like(points))
+    rows, steps = (draws * (p > 0)).nonzero().unbind(dim=1)
+    return rows, steps, draws[rows, steps] / (k * p[rows, steps])
+
+
+def sampler_probs(traj, A, G, norms):
+    """{sampler: its CDFs, (B, m) by row, (number of CDFs, B, m) together}
+
+    norms (B, m): lengths of the pairs' gradients, for the oracle.
+    """
+    group = torch.arange(len(A), device=A.device) // G
+    sizes = dict(batch=A.abs()[None], group=A.abs() * (group == group[::G, None]))
+    found = {}
+    for follow, points in SAMPLERS:
+        if follow == "true norm":
+            p = norms if points == "batch" else norms / norms.sum(dim=1, keepdim=True)
+            p = norms[None] / norms.sum() if points == "batch" else p.nan_to_num()
+        elif points in TOGETHER:
+            p = torch.stack([agrpo.timestep_probs(traj, of, follow) for of in sizes[points]])
+        else:
+            p = found.get((follow, "iid"))
+            p = row_probs(traj, follow) * (A != 0)[:, None] if p is None else p
+        found[follow, points] = p
+    return found
+
+
+def draw_weights(p, k, points, draws):
     """The weight (draws, B m) that a sampler gives every (row, step): 0 where not drawn, 1 on
-    average. pooled (ours): as many points, but through one CDF of |A| p of the whole batch."""
-    p = p * (A != 0)[:, None]
-    if points == "pooled":
-        k, p = k * int((A != 0).sum()), (p * A.abs()[:, None]).view(1, -1)
-        p, points = p / p.sum(), "systematic"
-    p = p.repeat(draws, 1)                                                  # (draws B, m)
-    B = len(p) // draws
-    offset = torch.cat([offsets(B, k, points) for _ in range(draws)])
-    rows, steps, w = agrpo.sample_timesteps(p, k, offset)
-    weights = torch.zeros_like(p)
-    weights[rows, steps] = w
-    return weights.view(draws, -1)
+    average. p: its CDFs, as of sampler_probs."""
+    B, m = p.shape[-2:]
+    weights = p.new_zeros(draws, B, m)
+    if points in BY_ROW:               # all draws as one large batch, but strata are one's own
+        offset = torch.cat([offsets(B, whole(k), points) for _ in range(draws)])
+        rows, steps, w = sample_rows(p.repeat(draws, 1), offset)
+        weights.view(-1, m)[rows, steps] = w
+        return weights.flatten(1)
+    for draw in weights:
+        for cdf in p:
+            n = max(1, round(k * cdf.any(dim=1).sum().item()))
+            rows, steps, w = agrpo.sample_timesteps(cdf, n, agrpo.uniforms(1).item())
+            draw[rows, steps] = w
+    return weights.flatten(1)
 
 
 def pair_gradients(policy, traj, A):
@@ -349,7 +508,7 @@ def pair_gradients(policy, traj, A):
     """
     m = traj.how.m
     params = [p for p in policy.model.parameters() if p.requires_grad]
-    rows, steps = every_pair(traj, A)
+    rows, steps = every_pair(traj, A != 0)
     g = torch.empty(len(rows), sum(p.numel() for p in params))
     for i in range(len(rows)):
         logp, _ = agrpo.step_logprobs(policy, traj, rows[i:i + 1], steps[i:i + 1])

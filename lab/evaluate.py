@@ -17,23 +17,28 @@ from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "lab")]
 import agrpo
+import models
+import run
+from tasks import TaskError
 
 # What may change from one call to the next: it changes no answer that was graded before.
-FREE = {"out", "steps", "eval_n", "eval_sampled", "device", "rollout_batch", "preset"}
+FREE = {"out", "steps", "eval_n", "eval_sampled", "device", "preset", "rollout_batch",
+        "micro_batch", "recompute"}
 
 
 def parse(argv):
-    """Flags -> (Config, number of seeds). All of agrpo.py's flags, and --seeds."""
-    parser = agrpo.Parser(prog="bash run.sh eval", description=__doc__,
-                          epilog="further flags: those of python agrpo.py --help")
+    """Flags -> (Run, number of seeds). All flags of a run, and --seeds."""
+    parser = run.Parser(prog="bash run.sh eval", description=__doc__,
+                        epilog="further flags: those of python lab/run.py --help")
     parser.add_argument("--seeds", type=int, default=1, help="seeds of the sampled cells [1]")
     parser.add_argument("--out", default="", help="folder [runs/eval-TASK-SEED]")
     own, rest = parser.parse_known_args(argv)
     if own.seeds < 1:
-        raise agrpo.UserError(f"--seeds {own.seeds} cannot work: it starts at 1")
-    cfg = agrpo.parse([*rest, "--updates", "0"])
+        raise TaskError(f"--seeds {own.seeds} cannot work: it starts at 1")
+    cfg = run.parse([*rest, "--updates", "0"])
     cfg.out = str(Path(own.out or f"runs/eval-{cfg.task}-{cfg.seed}").expanduser())
     return cfg, own.seeds
 
@@ -57,24 +62,25 @@ def read_back(path):
         return {}
     whole, newline, cut = path.read_bytes().rpartition(b"\n")
     if cut:
-        agrpo.write(path, whole + newline)
+        run.write(path, whole + newline)
     try:
         records = [json.loads(line) for line in whole.split(b"\n") if line]
         return {place(record): record for record in records}
     except (ValueError, KeyError, TypeError) as e:
-        raise agrpo.UserError(f"{path} is damaged ({e}): choose another --out") from e
+        raise TaskError(f"{path} is damaged ({e}): choose another --out") from e
 
 
 def refuse_other_flags(path, flags):
     """Answers of two settings must not end up in one table."""
     before = json.loads(path.read_bytes()) if path.exists() else {}
-    for name in before:
+    # An adapter brings its rank along: of two differences it is the cause.
+    for name in sorted(before, key=lambda name: name not in ("model", "adapter")):
         if name not in FREE and before[name] != flags.get(name):
             was = ("with other weights of the same name" if name == "weights" else
                    f"with --{name} {before[name]}, not {flags.get(name)}")
-            raise agrpo.UserError(f"--out {path.parent} was evaluated {was}: repeat its flags, "
-                                  "or choose another --out")
-    agrpo.write(path, agrpo.to_json(flags, indent=2))
+            raise TaskError(f"--out {path.parent} was evaluated {was}: repeat its flags, or "
+                            "choose another --out")
+    run.write(path, run.to_json(flags, indent=2))
 
 
 def grade_missing(policy, data, cfg, how, cell, kept, path):
@@ -95,7 +101,7 @@ def grade_missing(policy, data, cfg, how, cell, kept, path):
         new = [dict(who=who, seed=seed, m=m, greedy=greedy, index=i, text=text, **asdict(grade))
                for i, text, grade in zip(batch, *found)]
         with open(path, "ab") as f:
-            f.write(b"".join(map(agrpo.to_json, new)))
+            f.write(b"".join(map(run.to_json, new)))
         kept.update((place(record), record) for record in new)
     return [kept[(*cell, i)] for i in asked]
 
@@ -106,27 +112,30 @@ def summarise(seeds, how):
     Seeds repeat the problems, so the interval is the one that n problems allow.
     """
     answers = [SimpleNamespace(**record) for records in seeds for record in records]
-    row = agrpo.summarise(answers, how, n=len(seeds[0]))
+    row = run.summarise(answers, how, n=len(seeds[0]))
     if len(seeds) > 1:
         row["sd over seeds"] = stdev(mean(r["correct"] for r in records) for records in seeds)
     return row
 
 
-def run(cfg, seeds):
-    """The whole evaluation -> exit code 0. Raises UserError."""
+def main(cfg, seeds):
+    """The whole evaluation -> exit code 0. Raises TaskError."""
     out = Path(cfg.out)
-    with agrpo.folder_of_my_own(out):
-        data = agrpo.load_test(cfg)
-        source, policy = data.source, agrpo.load_policy(cfg)
-        flags = dict(asdict(cfg), weights=agrpo.fingerprint(policy.model, adapters=True))
+    with run.folder_of_my_own(out):
+        data = run.load_test(cfg)
+        source, policy = data.source, models.load_policy(cfg, data)
+        flags = dict(asdict(cfg), weights=run.fingerprint(policy.model, adapters=True))
         refuse_other_flags(out / "config.json", flags)
-        for line in (*policy.notes, f"held out: {source} | {out}"):
-            agrpo.say(line)
-        data = agrpo.short_enough(policy, data, cfg, "held-out")
+        what = f"{cfg.model}, beside it --adapter {cfg.adapter}" if cfg.adapter else cfg.model
+        run.say("\n".join([f"{cfg.task} by {what} | {out}", *policy.notes,
+                           f"held out: {source}"]))
+        data = run.short_enough(policy, data, cfg, "held-out")
         answers = out / "generations.jsonl"
         kept = read_back(answers)
+        there = len(kept)
         columns = {"base": [], "trained": []} if cfg.adapter else {"base": []}
-        agrpo.say(agrpo.table_head(trained=bool(cfg.adapter)))
+        # Without an adapter beside it a model may be base or trained: it is called model.
+        run.say(run.table_head("base" if cfg.adapter else "model", trained=bool(cfg.adapter)))
         for how in decodings(cfg):
             greedy = how.temperature == 0
             for who, rows in columns.items():
@@ -138,13 +147,15 @@ def run(cfg, seeds):
                     found = [grade_missing(policy, data, cfg, how, cell, kept, answers)
                              for cell in cells]
                 rows.append(summarise(found, how))
-            agrpo.say(agrpo.table_row(*(rows[-1] for rows in columns.values())))
+            run.say(run.table_row(*(rows[-1] for rows in columns.values())))
         table = dict(config=flags, seeds=seeds, test_data=source, **columns)
-        agrpo.write(out / "eval.json", agrpo.to_json(table, indent=2))
+        run.write(out / "eval.json", run.to_json(table, indent=2))
         n = columns["base"][0]["n"]
-        agrpo.say(f"n = {n}; written to {out}: generations.jsonl eval.json")
+        run.say(f"n = {n} problems, {seeds} seed(s) of the sampled rows; {len(kept) - there} "
+                f"answers were written, {there} were there\nwritten to {out}: "
+                "generations.jsonl eval.json")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(agrpo.in_one_sentence(lambda: run(*parse(sys.argv[1:]))))
+    sys.exit(run.in_one_sentence(lambda: main(*parse(sys.argv[1:]))))

@@ -28,8 +28,10 @@ import sys
 import textwrap
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
@@ -37,9 +39,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "lab")]
 import agrpo
+import bench
 import estimators
 import figures
+import models
+import run
+import tasks
 from estimators import ESTIMATORS, NOTHING, SAMPLERS
+from tasks import TaskError
 
 EXPERIMENTS = {}                       # name -> (function, time, its flags, those of --quick)
 HARD = dict(sudoku=dict(unmasking="random"))         # by max_prob most groups are right: dead
@@ -59,7 +66,7 @@ class Lab:
     def __init__(self, name, argv):
         self.name, self.argv, self.began, self.lines = name, argv, time.time(), []
         function, minutes, flags, quick = EXPERIMENTS[name]
-        parser = agrpo.Parser(
+        parser = run.Parser(
             prog=f"bash run.sh lab {name}", description=function.__doc__,
             epilog=f"On 2 idle CPU cores: {minutes}. Further flags are agrpo.py's; here "
                    + " ".join(flags))
@@ -82,7 +89,7 @@ class Lab:
 
     def config(self, **swept):
         """agrpo's Config from the flags and from what this experiment varies."""
-        return agrpo.parse(self.flags + [f"--{name}={value}" for name, value in swept.items()])
+        return run.parse(self.flags + [f"--{name}={value}" for name, value in swept.items()])
 
     def tasks(self):
         """The task that was asked for, or Countdown and Sudoku."""
@@ -99,9 +106,9 @@ class Lab:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             # It begins a line of its own, also after one that a kill cut short.
             with open(self.file, "ab") as f:
-                f.write(b"\n" + agrpo.to_json(line))
+                f.write(b"\n" + run.to_json(line))
             # Through JSON, so that a result just found is what a later run will read.
-            done[line["key"]] = json.loads(agrpo.to_json(line["result"]))
+            done[line["key"]] = json.loads(run.to_json(line["result"]))
             print(f"    piece {n} of {len(missing)}: {line['what']}, {line['seconds']:.0f} s",
                   file=sys.stderr, flush=True)
         return [done.get(key) for key in keys]
@@ -148,11 +155,11 @@ class Lab:
         head = [" ".join(["$ bash run.sh lab", self.name, *flags]),
                 f"{seconds:.0f} s of computing; {cpu[1] if cpu else platform.machine()}, "
                 f"{os.cpu_count()} cores; seeds {self.seeds}",
-                ", ".join(f"{name} {version}" for name, version in agrpo.versions().items())]
+                ", ".join(f"{name} {version}" for name, version in run.versions().items())]
         for folder in self.folders:
             folder.mkdir(parents=True, exist_ok=True)
             text = "\n".join([*head, *self.lines, ""])
-            agrpo.write(folder / f"{self.name}.txt", text.encode())
+            run.write(folder / f"{self.name}.txt", text.encode())
             for name, (draw, height) in pictures.items():
                 figures.save(folder / f"{name}.png", draw, height)
         print(f"\nwritten to {' and '.join(map(str, self.folders))}: {self.name}.txt and "
@@ -174,10 +181,10 @@ def piece(call):
 def key_of(function, call):
     """Names a piece: what is computed, with which flags other than the default. Not where it is
     written, and nothing of when it is saved."""
-    plain = asdict(agrpo.Config())
+    plain = asdict(run.Run())
     beside = {"out", "steps", "preset", "eval_every", "save_every"}
     told = [{name: value for name, value in asdict(x).items() if value != plain[name]
-             and name not in beside} if isinstance(x, agrpo.Config) else x for x in call]
+             and name not in beside} if isinstance(x, run.Run) else x for x in call]
     return blake2b(repr([function.__name__, *told]).encode(), digest_size=8).hexdigest()
 
 
@@ -199,12 +206,42 @@ def spread(values, form=".1%"):
 
 # --- The training that all experiments share --------------------------------------------------
 
+HELD_OUT = {}                          # problems once made, of a process
+
+
 def load(cfg):
     """policy, training data, held-out data, trained parameters, their optimizer"""
-    test = agrpo.load_test(cfg)
-    data, policy = agrpo.load_training(cfg, test), agrpo.load_policy(cfg)
+    asked = cfg.task, cfg.test_file, repr(cfg.options)
+    test = HELD_OUT[asked] = HELD_OUT.get(asked) or run.load_test(cfg)
+    data, policy = run.load_training(cfg, test), models.load_policy(cfg, test)
     params = [p for p in policy.model.parameters() if p.requires_grad]
-    return policy, data, test, params, agrpo.make_optimizer(cfg, params)
+    return policy, data, test, params, run.make_optimizer(cfg, params)
+
+
+def gradient_of(name, policy, data, cfg):
+    """The estimator of that name; "last step" grades answers of its own."""
+    if name != "last step":
+        return ESTIMATORS[name]
+    updates, now = itertools.count(), [None, None]              # a batch and what it asks
+
+    def rewards(traj, o):
+        if traj is not now[0]:
+            places = agrpo.questions(len(data), cfg.questions, next(updates), cfg.seed)
+            now[:] = traj, [data[i] for i in places]
+        copies = len(o) // cfg.questions
+        asked = [example for example in now[1] for _ in range(copies)]
+        grades = tasks.grade_batch(cfg.task, policy.decode(o), asked)
+        return torch.tensor([g.reward for g in grades], dtype=torch.float64)
+    return partial(estimators.last_step, rewards=rewards)
+
+
+def rollout_passes(name, cfg):
+    """Of an update. To draw a last step again costs one here, and none in a rollout."""
+    return cfg.questions * cfg.G * (cfg.m + (name == "last step"))
+
+
+def accuracy(policy, test, cfg, how):
+    return mean(g.correct for g in agrpo.evaluate(policy, test, cfg, how, cfg.eval_n))
 
 
 def learn(cfg, estimator, how=None):
@@ -213,43 +250,44 @@ def learn(cfg, estimator, how=None):
     policy, data, test, params, optimizer = load(cfg)
     # Before the first update, then after each quarter of them.
     how, every = how or cfg.how, max(1, cfg.updates // 4)
-    evals, passes, seconds = [], 0, 0.0
+    evals, passes, seconds = [], 0, [0.0, 0.0]                  # of rollouts, of the loss
 
     def evaluate(update):
-        evals.append(dict(update=update, passes=passes, seconds=seconds,
-                          accuracy=agrpo.evaluate(policy, test, cfg, how, cfg.eval_n)))
+        evals.append(dict(update=update, passes=passes, seconds=sum(seconds), parts=seconds,
+                          accuracy=accuracy(policy, test, cfg, how)))
 
     evaluate(0)
-    gradient = ESTIMATORS[estimator]
+    gradient = gradient_of(estimator, policy, data, cfg)
     for now in agrpo.train(policy, data, cfg, params, optimizer, gradient=gradient):
-        passes += cfg.questions * cfg.G * cfg.m + 3 * now["pairs"]
-        seconds += now["rollout_seconds"] + now["loss_seconds"]
-        if now["update"] % every == 0 or now["update"] == cfg.updates:
-            evaluate(now["update"])
-    how = replace(how, unmasking="max_prob", temperature=0.0)
-    return dict(evals=evals, greedy=agrpo.evaluate(policy, test, cfg, how, cfg.eval_n))
+        pairs = sum(len(seen.ratio) for seen in now.seen)
+        passes += rollout_passes(estimator, cfg) + 3 * pairs
+        seconds = [a + b for a, b in zip(seconds, now.seconds)]
+        if now.number % every == 0 or now.number == cfg.updates:
+            evaluate(now.number)
+    greedy = replace(how, unmasking="max_prob", temperature=0.0)
+    return dict(evals=evals, greedy=accuracy(policy, test, cfg, greedy))
 
 
-def last(run):
-    return run and run["evals"][-1]["accuracy"]
+def last(trained):
+    return trained and trained["evals"][-1]["accuracy"]
 
 
 def before(runs):
     """Mean accuracy before training: each seed has draws of its own, so a base of its own."""
-    return np.mean([run["evals"][0]["accuracy"] for run in runs if run])
+    return np.mean([one["evals"][0]["accuracy"] for one in runs if one])
 
 
 LEARNING = ("base", "trained", "then greedily", "updates", "passes", "s/update")
 
 
 def learning_row(runs):
-    there = [run["evals"] for run in runs if run]
+    there = [one["evals"] for one in runs if one]
     if not there:
         return ["not run"] * len(LEARNING)
     updates, passes, seconds = (np.mean([evals[-1][x] for evals in there])
                                 for x in ("update", "passes", "seconds"))
-    return (f"{before(runs):.1%}", spread([last(run) for run in runs]),
-            spread([run and run["greedy"] for run in runs]), f"{updates:.0f}",
+    return (f"{before(runs):.1%}", spread([last(one) for one in runs]),
+            spread([one and one["greedy"] for one in runs]), f"{updates:.0f}",
             f"{passes:,.0f}", f"{seconds / updates:.2f}")
 
 
@@ -276,44 +314,171 @@ def sweep(lab):
              f"n = {cfg.eval_n}, {cfg.questions} x {cfg.G} rollouts an update, seeds "
              f"{lab.seeds}: mean [lowest, highest]")
     lab.table(("", *LEARNING), *((name, *learning_row(found)) for name, found in runs.items()))
-    evals = {name: [run["evals"] for run in found if run]
+    evals = {name: [one["evals"] for one in found if one]
              for name, found in runs.items() if any(found)}
     lab.finish(dict(sweep=accuracy_lines({cfg.task: evals}, "passes")) if evals else {})
 
 
+# --- learn_by_sampler: what does less noise of the timesteps buy? -----------------------------
+
+# (sampler, k) at few steps, as the task's own preset has them, and at many.
+FEW = [("by row", 1), ("AGRPO", 1), ("AGRPO", 0.5)]
+MANY = [("by row", 4), ("AGRPO", 4), ("by row", 1), ("AGRPO", 1)]
+
+
+@experiment("2 hours, in pieces", "",
+            "--task countdown --updates 2 --questions 3 --eval_n 20")
+def learn_by_sampler(lab):
+    """Learning with k timesteps of every row, and with as many spread over the batch (AGRPO):
+    each task as `bash run.sh` trains it, at two learning rates; then at many steps."""
+    pictures = {}
+    for many, task in itertools.product((False, True), lab.tasks()):
+        flags, cells = dict(task=task), FEW
+        if many:                       # by max_prob Sudoku's groups are all right there: dead
+            flags.update(HARD.get(task, {}), m=dict(sudoku=10).get(task, 12),
+                         updates=min(100, lab.config(task=task).updates))
+            cells = MANY
+        cfg = lab.config(**flags)
+        rates = [cfg.lr, cfg.lr / 2][:1 if lab.quick else 2 - many]
+        runs = lab.over_seeds(learn, {
+            (name, k, lr): (dict(flags, k=k, lr=lr), name)
+            for (name, k), lr in itertools.product(cells, rates)})
+        lab.note(f"{task}, m = {cfg.m}, {cfg.unmasking} order: held-out accuracy sampled as "
+                 f"the rollouts are, n = {cfg.eval_n}, {cfg.questions} x {cfg.G} rollouts an "
+                 f"update, seeds {lab.seeds}: mean [lowest, highest]; seconds of rollouts + loss")
+        rows, best = [], {}
+        for (name, k, lr), found in runs.items():
+            there = [one["evals"][-1] for one in found if one]
+            parts = np.mean([end["parts"] for end in there], axis=0) if there else ("-", "-")
+            each = " ".join("-" if one is None else f"{last(one):.1%}" for one in found)
+            rows.append((f"{name}, k = {k}", f"{lr:.2g}", *learning_row(found)[:-1], each,
+                         " + ".join(f"{x:.0f}" if there else x for x in parts)))
+            # The better learning rate, for each alike, is drawn.
+            if there and mean(end["accuracy"] for end in there) > best.get((name, k), (-1,))[0]:
+                best[name, k] = (mean(end["accuracy"] for end in there),
+                                 [one["evals"] for one in found if one])
+        lab.table(("", "lr", *LEARNING[:-1], "each seed", "seconds"), *rows)
+        if best:
+            panels = pictures.setdefault("learn_by_sampler" + "_many" * many, {})
+            panels[f"{task}, m = {cfg.m}"] = {f"{name}, k = {k}": evals
+                                              for (name, k), (_, evals) in best.items()}
+    lab.finish({name: accuracy_lines(panels, "passes") for name, panels in pictures.items()})
+
+
+# --- last_step: the rollouts' own noise -------------------------------------------------------
+
+ALL = 100                              # so many timesteps a row that every pair is drawn
+
+
+def fresh(cfg, cells):
+    """{cell: [E |e|^2, variance of e, passes a row]} of estimates e on fresh rollouts of one
+    policy, a batch an update; cells (estimator, k)."""
+    cfg, batches = replace(cfg, lora_r=0), cfg.updates
+    policy, data, _, params, optimizer = load(cfg)
+    gradients = [gradient_of(name, policy, data, cfg) for name, _ in cells]
+    total, square, passes = [0.0] * len(cells), [0.0] * len(cells), [0.0] * len(cells)
+
+    def measure(policy, traj, A, cfg, rand):
+        for i, (gradient, (name, k)) in enumerate(zip(gradients, cells)):
+            seen = gradient(policy, traj, A, replace(cfg, k=k), rand)
+            e = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                           for p in params]).double()
+            for p in params:
+                p.grad = None
+            total[i], square[i] = total[i] + e, square[i] + (e @ e).item()
+            passes[i] += (rollout_passes(name, cfg) + 3 * len(seen.ratio)) / len(A)
+        return NOTHING
+    list(agrpo.train(policy, data, cfg, params, optimizer, gradient=measure))
+    n = batches
+    return {f"{name}, k = {k}": [sq / n, (sq - (e @ e).item() / n) / (n - 1), c / n]
+            for (name, k), e, sq, c in zip(cells, total, square, passes)}
+
+
+@experiment("an hour, in pieces", "", "--task countdown --updates 2 --questions 3 --eval_n 20")
+def last_step(lab):
+    """Each row's last step drawn K = 8 times from its own state: the variance over fresh
+    rollouts beside AGRPO's; learning with it at equal forward passes."""
+    cells = [("every step", ALL), ("last step", ALL), ("AGRPO", 1), ("last step", 1)]
+    names = [f"{name}, k = {k}" for name, k in cells]
+    batches, panels = 3 if lab.quick else 24, {}
+    for task, m in (("countdown", 2), ("countdown", 4), ("sudoku", 2)):
+        if task not in lab.tasks() or lab.quick and m > 2:
+            continue
+        cfg = lab.config(task=task, m=m)
+        calls = [(lab.config(task=task, m=m, seed=seed, updates=batches), cells)
+                 for seed in lab.seeds]
+        found = [x for x in lab.pieces(fresh, calls) if x]
+        lab.note(f"{task}, m = {m}, all parameters of the base model: variance over fresh "
+                 f"rollouts, {len(lab.seeds)} seeds x {batches} batches of "
+                 f"{cfg.questions * cfg.G}, in units of AGRPO's with all steps: mean [lowest, "
+                 "highest]; passes a row, that of drawing again among them")
+        lab.table(("", "variance", "passes"), *(
+            (name.replace(f", k = {ALL}", ", all steps"),
+             spread([x[name][1] / x[names[0]][1] for x in found], ".2f"),
+             f"{np.mean([x[name][2] for x in found]):.2f}")
+            for name in names if found))
+    for task in lab.tasks():
+        cfg = lab.config(task=task)
+        # As many updates as the same passes are.
+        rows = cfg.questions * cfg.G
+        share = (cfg.m + 3 * cfg.k) / (cfg.m + 1 + 3 * cfg.k)
+        fewer = max(1, round(cfg.updates * share))
+        runs = lab.over_seeds(learn, {
+            "AGRPO": (dict(task=task), "AGRPO"),
+            "last step": (dict(task=task, updates=fewer), "last step")})
+        lab.note(f"{task}, m = {cfg.m}, k = {cfg.k:g}: held-out accuracy sampled as the "
+                 f"rollouts are, n = {cfg.eval_n}, {rows} rollouts an update, seeds {lab.seeds}")
+        lab.table(("", *LEARNING, "each seed"), *(
+            (name, *learning_row(found),
+             " ".join("-" if one is None else f"{last(one):.1%}" for one in found))
+            for name, found in runs.items()))
+        if all(any(found) for found in runs.values()):
+            panels[f"{task}, m = {cfg.m}"] = {name: [one["evals"] for one in found if one]
+                                              for name, found in runs.items()}
+    lab.finish(dict(last_step=accuracy_lines(panels, "passes")) if panels else {})
+
+
 # --- variance: how noisy is the estimate, for every timestep sampler and k? Is it unbiased? ---
 
-def variance_cell(cfg, ms, draws):
-    """Every sampler, m and k on one batch of rollouts each.
+KS = (0.125, 0.25, 0.5, 1, 2, 4, 8)    # timesteps a live row
+
+def sampler_numbers(policy, traj, A, cfg, ks, draws):
+    """Of one batch of rollouts a record for every sampler and k.
 
     With weights c of the pairs the estimate is sum_i c_i g_i, and c = 1 is exact:
     |g_hat - g|^2 / |g|^2 = (c - 1)' G (c - 1) / 1' G 1. Once the Gram matrix G is known, a draw
     costs nothing.
     """
+    if not A.any():
+        raise TaskError("every group is dead: give another --seed, more --questions")
+    pairs, gram = estimators.pair_gradients(policy, traj, A)
+    norms = torch.zeros(len(A) * cfg.m, dtype=torch.float64)
+    norms[pairs] = gram.diagonal().sqrt()
+    probs = estimators.sampler_probs(traj, A, cfg.G, norms.view(-1, cfg.m))
+    toward, size, found = gram.sum(dim=1), gram.sum(), []       # g_i . g and |g|^2
+    for (follow, points), k in itertools.product(SAMPLERS, ks):
+        if k > cfg.m or k % 1 and points in estimators.BY_ROW:
+            continue                   # each row has one point at least
+        c = estimators.draw_weights(probs[follow, points], k, points, draws)[:, pairs]
+        square = (((c - 1) @ gram) * (c - 1)).sum(dim=1) / size
+        along = (c - 1) @ toward / size
+        states = (c > 0).sum(dim=1).double().mean() / (A != 0).sum()
+        found.append(dict(m=cfg.m, k=k, sampler=f"{follow}, {points}", states=states.item(),
+                          variance=square.mean().item(), bias=along.mean().item(),
+                          error=along.std().item() / draws ** 0.5))
+    return found
+
+
+def variance_cell(cfg, ms, draws):
+    """Every sampler, m and k on one batch of rollouts each."""
     policy, data, _, params, optimizer = load(cfg)
     if cfg.lora_r:                     # fresh LoRA has B = 0, and A no gradient
         list(agrpo.train(policy, data, cfg, params, optimizer))
     found = []
 
     def measure(policy, traj, A, cfg, rand):
-        if not A.any():
-            raise agrpo.UserError("every group is dead: give another --seed, more --questions")
-        pairs, gram = estimators.pair_gradients(policy, traj, A)
-        norms = torch.zeros(len(A) * cfg.m, dtype=torch.float64)
-        norms[pairs] = gram.diagonal().sqrt()
-        norms = norms.view(-1, cfg.m)
-        toward, size = gram.sum(dim=1), gram.sum()              # g_i . g and |g|^2
-        probs = {follow: agrpo.timestep_probs(traj, follow) for follow in agrpo.FOLLOW}
-        probs["true norm"] = norms / norms.sum(dim=1, keepdim=True).clamp(min=1e-100)
-        for (follow, points), k in itertools.product(SAMPLERS, sorted({1, 2, 4, 8, cfg.m})):
-            c = estimators.draw_weights(probs[follow], A, k, points, draws)[:, pairs]
-            square = (((c - 1) @ gram) * (c - 1)).sum(dim=1) / size
-            along = (c - 1) @ toward / size
-            states = (c > 0).sum(dim=1).double().mean() / (A != 0).sum()
-            found.append(dict(m=cfg.m, k=k, sampler=f"{follow}, {points}",
-                              variance=square.mean().item(), states=states.item(),
-                              bias=along.mean().item(),
-                              error=along.std().item() / draws ** 0.5))
+        ks = sorted({*KS, cfg.m})
+        found.extend(sampler_numbers(policy, traj, A, cfg, ks, draws))
         return NOTHING
 
     for m in ms:
@@ -323,8 +488,44 @@ def variance_cell(cfg, ms, draws):
     return found
 
 
-SHOWN = {"uniform, iid": "uniform, iid", "official": "entropy, batch-strata",
-         "ours": "surprise, systematic"}                        # in the picture
+LLADA = dict(C=384, m=128, block_length=12, temperature=0.6, top_k=150, top_p=0.99, k=24,
+             questions=2, G=4, lora_r=8)
+
+
+def variance_of_random(cfg, draws):
+    """The same on a model of LLaDA's kind with random weights, which decodes as LLaDA does;
+    rewards by chance."""
+    model, words = bench.build("64,192,2,4,4,1000", torch.float32, "cpu")
+    model.get_output_embeddings().weight.data *= 20             # or all tokens would be alike
+    policy = agrpo.Policy(model, words, bench.MASK)
+    models.add_adapters(policy, cfg)
+    policy.eos_id, policy.fill_ids = -1, {-1}                   # nothing ends early
+    torch.manual_seed(cfg.seed)
+    B = cfg.questions * cfg.G
+    q = torch.randint(3, 1000, (cfg.questions, 32)).repeat_interleave(cfg.G, dim=0)
+    traj = agrpo.rollout(policy, q, torch.ones_like(q), cfg.how)
+    right = torch.rand(B).view(-1, cfg.G).argsort(dim=1) < cfg.G // 2       # half of a group
+    A = agrpo.group_advantages(right.double().flatten(), cfg.G)
+    return sampler_numbers(policy, traj, A, cfg, [cfg.k / 16, *(cfg.k / i for i in (8, 4, 2, 1))],
+                           draws)
+
+
+def reaches(points, least):
+    """The k at which a sampler's variance falls to `least`, between measured points (k, v),
+    straight lines on log scales. Below the first: the first; nan: at none of them."""
+    points = sorted(points)
+    if points and points[0][1] <= least:
+        return points[0][0]
+    for (k, v), (k_next, v_next) in itertools.pairwise(points):
+        if v_next <= least:
+            share = np.log(v / least) / np.log(v / max(v_next, 1e-12))
+            return k * (k_next / k) ** share
+    return np.nan
+
+
+OFFICIAL = "entropy, batch-strata"
+SHOWN = {"uniform, iid": "uniform, iid", "official": OFFICIAL,
+         "by row": "surprise, systematic", "AGRPO": "surprise, batch"}      # in the picture
 
 
 @experiment("8 minutes", "--questions 8 --updates 20 --k 1",
@@ -338,17 +539,21 @@ def variance(lab):
         f"{task}, {kind}": (dict(HARD.get(task, {}), task=task, **flags),
                             ms.get(task, (4,))[:1 if lab.quick else 3], draws)
         for task in lab.tasks() for kind, flags in kinds.items()})
+    llada = dict(LLADA, **dict(C=24, m=8, k=4) if lab.quick else {})
+    random = lab.over_seeds(variance_of_random, {"random weights": (llada, draws)})
     # One record for each sampler, m and k, with the batch of rollouts that it is of.
-    everything = [dict(x, cell=cell, batch=f"{cell}, {seed}") for cell, seeds in results.items()
+    everything = [dict(x, cell=cell, batch=(cell, seed, x["m"]))
+                  for cell, seeds in (results | random).items()
                   for seed, found in enumerate(seeds) for x in found or ()]
-    usual = [x for x in everything if x["k"] in (1, 2, 4) and x["k"] < x["m"]]
+    trained = [x for x in everything if x["cell"] in results]
     names, panels = [", ".join(sampler) for sampler in SAMPLERS], {}
 
     def get(field, **which):
         return np.array([x[field] for x in everything if which.items() <= x.items()])
 
-    for cell in dict.fromkeys(x["cell"] for x in usual):
-        at = sorted({(x["m"], x["k"]) for x in usual if x["cell"] == cell and x["k"] > 1})
+    for cell in dict.fromkeys(x["cell"] for x in everything):
+        at = {(x["m"], x["k"]) for x in everything if x["cell"] == cell and x["k"] < x["m"]}
+        at = sorted((m, k) for m, k in at if k in ((2, 4) if cell in results else [llada["k"]]))
         rows = []
         for name in names:
             values = [get("variance", cell=cell, sampler=name, m=m, k=k) for m, k in at]
@@ -359,28 +564,45 @@ def variance(lab):
         lab.note(f"{cell}: relative variance |g_hat - g|^2 / |g|^2, mean over {len(lab.seeds)} "
                  "batches +- their spread; last column: forward passes a row in the one before "
                  "it, equal draws merged")
-        lab.table(("p_t, points", *(f"m={m} k={k}" for m, k in at), "passes"), *rows)
-        ks = [k for k in (1, 2, 4, 8) if k < m]
-        panels[f"{cell}\nm = {m}".replace(", ", "\n")] = {
-            title: (ks, np.stack([get("variance", cell=cell, sampler=name, m=m, k=k)
-                                  for k in ks], axis=1)) for title, name in SHOWN.items()}
-
-    batches = sorted({x["batch"] for x in usual})
+        lab.table(("p, points", *(f"m={m} k={k:g}" for m, k in at), "passes"), *rows)
+        if cell in results:
+            panels[f"{cell}\nm = {m}".replace(", ", "\n")] = {
+                title: (ks, np.stack([get("variance", cell=cell, sampler=name, m=m, k=k)
+                                      for k in ks], axis=1)) for title, name in SHOWN.items()
+                for ks in [[k for k in KS if k < m and (k >= 1 or title == "AGRPO")]]}
 
     # Batches differ by more than samplers do: so a ratio within each batch, then their mean.
-    def against_official(name, price):
-        logs = [[np.mean([np.log(x["variance"] * x["states"] ** price) for x in usual
-                          if (x["batch"], x["sampler"]) == (batch, who)]) for batch in batches]
-                for who in (name, SHOWN["official"])]
-        ratio = np.exp(np.subtract(*logs))
-        mean = np.exp(np.log(ratio).mean())
-        return f"{mean:.2f} [{ratio.min():.2f}, {ratio.max():.2f}]"
-    lab.note(f"all {len(batches)} batches, k in 1, 2, 4: geometric mean of the variance in "
-             f"units of the official sampler's ({SHOWN['official']}) [lowest, highest batch]; "
-             "per pass: variance x forward passes, which merged draws save")
-    lab.table(("p_t, points", "variance", "per pass"), *(
-        (name, against_official(name, 0), against_official(name, 1))
-        for name in names if batches))
+    def ratio(name, some, price):
+        logs = [[np.mean([np.log(x["variance"] * x["states"] ** price) for x in some
+                          if (x["batch"], x["sampler"]) == (batch, who)])
+                 for batch in sorted({x["batch"] for x in some})] for who in (name, OFFICIAL)]
+        return geometric(np.exp(np.subtract(*logs)))
+
+    def equal_k(name, some, k):
+        """k at which a sampler is as good as the official one at k."""
+        found = []
+        for batch in sorted({x["batch"] for x in some}):
+            mine = [x for x in everything if x["batch"] == batch]
+            least, = [x["variance"] for x in mine if (x["sampler"], x["k"]) == (OFFICIAL, k)]
+            found.append(reaches([(x["k"], x["variance"]) for x in mine
+                                  if x["sampler"] == name], least))
+        return geometric(np.array(found))
+
+    for what, some, k in (
+            ("k = 1, 2, 4", [x for x in trained if x["k"] in (1, 2, 4) and x["k"] < x["m"]], 4),
+            (f"random weights, LLaDA's decoding, k = {llada['k']} of {llada['m']}",
+             [x for x in everything if x["cell"] in random and x["k"] == llada["k"]],
+             llada["k"])):
+        if some:
+            lab.note(f"{what}, {len({x['batch'] for x in some})} batches: geometric mean of the "
+                     f"variance in units of the official sampler's ({OFFICIAL}) [lowest, "
+                     "highest batch]; per pass: variance x forward passes, which merged draws "
+                     f"save; and the k at which the official one's variance at k = {k} is "
+                     "reached, over batches of m > k")
+            deep = [x for x in some if x["m"] > k]
+            lab.table(("p, points", "variance", "per pass", f"as official, k = {k}"), *(
+                (name, ratio(name, some, 0), ratio(name, some, 1), equal_k(name, deep, k))
+                for name in names))
     z = [abs(x["bias"] / x["error"]) for x in everything if x["error"] > 1e-9]
     if z:
         lab.note(f"bias along g in standard errors, {len(z)} estimates: median "
@@ -388,6 +610,16 @@ def variance(lab):
                  f"{np.mean(np.array(z) > 2):.1%} (5 %)")
     picture = figures.lines(panels, "k", "relative variance", "xy"), 3.2
     lab.finish(dict(variance=picture) if panels else {})
+
+
+def geometric(values):
+    """Geometric mean [lowest, highest]; of those that are there."""
+    there = values[np.isfinite(values)]
+    if len(there) == 0:
+        return "-"
+    more = f" ({len(there)} of {len(values)})" * (len(there) < len(values))
+    mean = np.exp(np.log(there).mean())
+    return f"{mean:.2g} [{there.min():.2g}, {there.max():.2g}]{more}"
 
 
 # --- compare: the estimators of the field against the exact gradient, and learning with each --
@@ -546,10 +778,10 @@ def compare_learning(lab, task):
         best = max(range(len(rates)), key=lambda i: last(first[i]) or -1.0)
         others = [call(name, rates[best], seed) for seed in lab.seeds[1:]]
         found = [first[best], *lab.pieces(learn, others)]
-        tried = ["not run" if run is None else f"{last(run):.1%}" for run in first]
+        tried = ["not run" if one is None else f"{last(one):.1%}" for one in first]
         table.append((name, f"{rates[best]:.2g}", *learning_row(found), *tried))
         if any(found):
-            runs[name] = [run for run in found if run]
+            runs[name] = [one for one in found if one]
     lab.note(f"{task}: held-out accuracy after about {budget:,} forward passes (dead groups "
              f"and merged steps save some), m = {cfg.m}, n = {cfg.eval_n}, {rows} rollouts an "
              f"update, LoRA, seeds {lab.seeds}: mean [lowest, highest]. lr: the best for the "
@@ -574,7 +806,7 @@ def compare(lab):
     panels, base = {}, {}
     for task in lab.tasks():
         runs = compare_learning(lab, task)
-        ends = {name: [last(run) for run in seeds] for name, seeds in runs.items()}
+        ends = {name: [last(one) for one in seeds] for name, seeds in runs.items()}
         for name in sorted(ends, key=lambda name: -np.mean(ends[name])):
             panels.setdefault(task, {})[name] = ends[name], np.mean(ends[name])
             base[task] = before(runs[name])
@@ -605,12 +837,14 @@ def rollout(lab):
     the drawn steps with their weights."""
     cfg = lab.config()
     policy, traj, row, title = some_rollout(cfg)
-    p = agrpo.timestep_probs(traj, cfg.follow)[row:row + 1]
-    offset = agrpo.row_random([(cfg.seed, "picture")])(1, 1)
-    _, steps, w = agrpo.sample_timesteps(p, cfg.k, offset)
+    # As if this rollout were the whole batch.
+    size = torch.arange(len(traj.o)) == row
+    p = agrpo.timestep_probs(traj, size.double(), cfg.follow)
+    offset = agrpo.row_random([(cfg.seed, "picture")])(1, 1).item()
+    _, steps, w = agrpo.sample_timesteps(p, round(cfg.k), offset)
     names = figures.token_names(policy, traj.o[row])
     drawn, step_of = dict(zip(steps.tolist(), w.tolist())), traj.step_of[row].tolist()
-    p, logp = p[0].tolist(), agrpo.per_step(traj, traj.logp_old)[row].tolist()
+    p, logp = p[row].tolist(), agrpo.per_step(traj, traj.logp_old)[row].tolist()
     lab.say(title, " ".join(names))
     lab.table(("step", "drew", "log p", "p_t", "w"), *(
         (t, " ".join(name for name, step in zip(names, step_of) if step == t),
@@ -628,7 +862,7 @@ def masks(lab):
     strips = []
     for recipe, k, about in (
             (estimators.one_step, 1, "one-step: everything masked, everything scored"),
-            (estimators.elbo, cfg.k, f"ELBO, k = {cfg.k}: random tokens masked and scored, "
+            (estimators.elbo, cfg.k, f"ELBO, k = {cfg.k:g}: random tokens masked and scored, "
                                      "weighed by L / l"),
             (estimators.step_merge, cfg.m, f"AGRPO, its m = {cfg.m} steps: the states that "
                                            "were there, the tokens that each drew")):
@@ -645,23 +879,23 @@ def masks(lab):
 def curves(argv):
     """bash run.sh lab curves runs/countdown-0 runs/countdown-1 ...: the finished runs of each
     task in one panel, seeds shaded."""
-    parser = agrpo.Parser(prog="bash run.sh lab curves", description=curves.__doc__)
+    parser = run.Parser(prog="bash run.sh lab curves", description=curves.__doc__)
     parser.add_argument("folders", nargs="+", type=Path, help="of finished runs, seeds pooled")
     parser.add_argument("--figures", action="store_true", help="keep it in lab/figures too")
     parser.add_argument("--out", type=Path, default=Path("runs/lab"))
     args, panels = parser.parse_args(argv), {}
     for folder in args.folders:
         if not (folder / "summary.json").is_file():
-            raise agrpo.UserError(f"{folder} has no summary.json: curves wants folders of "
+            raise TaskError(f"{folder} has no summary.json: curves wants folders of "
                                   "finished runs, as runs/countdown-0")
-        run = json.loads((folder / "summary.json").read_text())
-        title = f"{run['task']}, m = {run['evals'][0]['m']}"
-        panels.setdefault(title, {}).setdefault("trained", []).append(run["evals"])
+        done = json.loads((folder / "summary.json").read_text())
+        title = f"{done['task']}, m = {done['evals'][0]['m']}"
+        panels.setdefault(title, {}).setdefault("trained", []).append(done["evals"])
     picture = accuracy_lines(panels, "update", dashed="the base model")
     for folder in [args.out] + [ROOT / "lab" / "figures"] * args.figures:
         figures.save(folder / "curves.png", *picture)
     for title, named in panels.items():
-        first, end = ([run[i]["accuracy"] for run in named["trained"]] for i in (0, -1))
+        first, end = ([evals[i]["accuracy"] for evals in named["trained"]] for i in (0, -1))
         print(f"{title}: {spread(first)} -> {spread(end)}, {len(first)} seed(s): mean [lowest, "
               "highest]")
     print(f"written: {args.out}/curves.png")
@@ -685,4 +919,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(agrpo.in_one_sentence(main))
+    sys.exit(run.in_one_sentence(main))

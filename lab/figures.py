@@ -14,8 +14,9 @@ import numpy as np
 matplotlib.use("Agg")                  # no screen needed
 import matplotlib.pyplot as plt
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import agrpo
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "lab")]
+import run
 import tasks
 
 INK, FAINT, PAPER, RED = "#1f2328", "#8b949e", "#ffffff", "#d1242f"
@@ -39,7 +40,7 @@ def save(path, draw, height=3.2):
         fig.savefig(png, dpi=200)
         plt.close(fig)
     path.parent.mkdir(parents=True, exist_ok=True)
-    agrpo.write(path, png.getvalue())
+    run.write(path, png.getvalue())
 
 
 # --- What was measured ------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-r"""MATH, a task of one's own: `python agrpo.py --task lab/math_task.py --preset llada`.
+r"""MATH, a task of one's own: `bash run.sh math --preset llada`.
 
     {"question": "Simplify $\\sqrt{50}$.", "answer": "5\\sqrt{2}"}
     <think>25 x 2</think><answer>\boxed{5\sqrt{2}}</answer>
@@ -43,29 +43,44 @@ HALF_READ = re.compile(r"\\approx|\\equiv|\\[lc]?dots|\.\.\.|"
 COMPARED = re.compile(r"<|>|\\[lg]e(?![A-Za-z])")
 NAME = r"\\?[A-Za-z]+(?:_\w|_\{\w+\})?(?:\([A-Za-z]\))?"
 NAMES = re.compile(rf"{NAME}|\({NAME}(?:,{NAME})+\)")
-BASE = re.compile(r"[0-9A-Fa-f]+_[0-9]+")
+PRIMES = re.compile(r"[A-Za-z)](?:'|\^?\{?\\prime)+")
+BASE = re.compile(r"(?<![0-9.])([0-9][0-9A-F]*|(?<![A-Za-z\\])[A-F][0-9A-F]+)(\.[0-9A-F]+)?"
+                  r"_([0-9]+)")
+CLOSED = re.compile(r"\[-\\infty|\\infty\]")        # no interval holds the infinite
 TEXT = r"\\text\{([^{}]*)\}"
+JOINING = r"\b(?:or|and|not|to|minus|over|mod)\b"
 JOINED = re.compile(r",|\\text\{,? ?(?:or|and),? ?\}| (?:or|and) ")
 ORDER = re.compile(r"\b(?:ascending|descending|increasing order|decreasing order|in order"
                    r"|ordered|(?:least|smallest|lowest|greatest|largest|highest) to)\b",
                    re.IGNORECASE)
+# "Find an equation of the line" asks for one; "find k in the equation" does not.
+EQUATION = re.compile(r"\b(?:find|write|give|enter|state|determine|express|what(?:'s| is| are)"
+                      r"|as|form of)(?: (?!(?:in|of|to|for|that|if|by|with|from)\b)[^\s.?]+)"
+                      r"{0,5} equations?\b", re.IGNORECASE)
 
 # A formula without layout: dollars, spacing, \left, degrees, percent, a full stop. In order:
-LAYOUT = (("−", "-"), ("≤", r"\\le "), ("≥", r"\\ge "), ("∞", r"\\infty "),
-          (r",\s*\\!\s*(?=[0-9]{3})|\{,\}(?=[0-9]{3})", ""),                   # 10,\!000
+LAYOUT = ((tasks.BOLD, r"\1"), ("[−–]", "-"), (r"[€£¥₹]|\\pounds", " "),
+          ("≤", r"\\le "), ("≥", r"\\ge "), ("∞", r"\\infty "),
+          (r"(?:,\s*\\!\s*|\{,\}|(?<=[0-9])\\,)(?=[0-9]{3}(?![0-9]))", ""),    # 10,\!000
           (r"\\[()\[\]](?!.*\\\\)|\\?\$|\\?%|(?<!\\)\\[,;: ]|~", " "),         # not \\\\
           (r"\\text\s*\{\s*\}", " "), (r"(?<![0-9A-Za-z)}])\s*\+\s*(?=\\infty)", ""),
           (r"\s(?:or|and)\s+(?=[-(\\])", ","),                   # 1 or -2
-          (r"\\(?:left|right|displaystyle|big|Big)(?![A-Za-z])|\\!|\^\{?\\circ\}?|°", ""),
+          (r"\\(?:left|right|displaystyle|big|Big)(?![A-Za-z])|\\!", ""),
           (r"\\[dt]frac", r"\\frac"),
           (r"\\(?:mbox|textrm|textbf|mathrm|mathbf|textit)(?![A-Za-z])\s*", r"\\text"),
+          ("°", r"^\\circ"), (r"\\text\{ ?(\^\\circ ?[CF]?) ?\}", r"\1"),       # \text{°C}
+          (r"\^\{?\\circ\}?(?: ?\\text ?\{ ?[CF] ?\}| ?[CF](?![A-Za-z]))?", ""),
           (r"<=|\\(?:leq|leqslant)(?![A-Za-z])", r"\\le "),
           (r">=|\\(?:geq|geqslant)(?![A-Za-z])", r"\\ge "),
           (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"),
           (r"(?<=[0-9A-Fa-f])_\{([0-9]+)\}", r"_\1"), (r"\s+", " "), (r"^ | ?\.? ?$", ""),
+          (r"(?<![\w)}\]])[({]([0-9A-F.]+)[)}]_(?=[0-9])", r"\1_"),      # (101)_2
           (r"^\\text\{([-0-9.,/]+)\}$", r"\1"),
+          # \text{A, B} is two letters
+          (r"\\text\{((?:\(?[A-Z]\)?(?:, ?(?:and |or )?| and | or |(?=\})))+)\}",
+           lambda text: ",".join(rf"\text{{{a}}}" for a in re.findall("[A-Z]", text[1]))),
           # "1 2" is not 12, "a or b" not aorb; all other white space goes
-          (r"(?<![0-9A-Za-z,}]) | (?![0-9A-Za-z])", ""))
+          (r"(?<![0-9A-Za-z,}]) | (?![0-9A-Za-z])", ""), (r"(?:^|(?<==))\{([^{}]*)\}$", r"\1"))
 
 
 def plain(tex):
@@ -85,7 +100,8 @@ def without_units(tex, gold):
     if not re.search("[A-Za-z]", re.sub(rf"{TEXT}|\\[A-Za-z]+", "", gold)):
         unit += r"|(?<=[0-9}]) ?([A-Za-z]{2,}(?: [A-Za-z]+){0,3})"
     unit = re.search(rf"(?:{unit})(?:\^\{{?[23]\}}?)?$", tex)
-    return tex if unit is None or tasks.changes_value(unit[0]) else tex[:unit.start()]
+    more = unit and (re.search(rf"{tasks.SCALE}|{JOINING}", unit[0]))
+    return tex if unit is None or more else tex[:unit.start()]
 
 
 def words(tex):
@@ -125,10 +141,22 @@ def objection(gold, answer):
     depth = depths(answer)
     if min(depth) < 0 or depth[-1] or max(depth) > 30:
         return "brackets unbalanced or nested too deep"    # the parser needs 3 s for 200
-    if re.search(r"[^\s$]\s*(?<!\\)\$\s*[^\s$.]", answer) or \
-            HALF_READ.search(plain(answer)) and not HALF_READ.search(plain(gold)):
+    if re.search(r"[^\s$]\s*(?<!\\)\$\s*[^\s$.]", answer.lstrip("-−– ")):     # not -$18
         return "more than one formula"
+    for pattern, reason in ((HALF_READ, "more than one formula"),
+                            (CLOSED, "an interval that holds infinity")):
+        if pattern.search(plain(answer)) and not pattern.search(plain(gold)):
+            return reason
     return ""
+
+
+def without_name(gold, question):
+    """15 for k = 15, unless the question asks for an equation; y = 2x + 3 stays one."""
+    named = re.fullmatch(r"(?:[A-Za-z]|\\[A-Za-z]+)(?:_\w)?=([^=]+)", gold)
+    if named is None or EQUATION.search(question):
+        return gold
+    letters = re.search("[A-Za-z]", re.sub(r"\\(?:frac|sqrt|pi)(?![a-z])", "", named[1]))
+    return gold if letters else named[1]
 
 
 # --- Equality, in the child -------------------------------------------------------------------
@@ -138,6 +166,7 @@ def parse(tex):
     import math_verify
     import sympy
     from latex2sympy2_extended import NormalizationConfig
+    tex = BASE.sub(value_of, tex)
     how = math_verify.LatexExtractionConfig(
         boxed_match_priority=0, normalization_config=NormalizationConfig(
             basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all"))
@@ -146,12 +175,23 @@ def parse(tex):
     if parsed.has(sympy.Float):    # a decimal is exactly what it says
         parsed = parsed.replace(lambda part: isinstance(part, sympy.Float),
                                 lambda part: sympy.Rational(str(part)))
-    return parsed.subs(sympy.Symbol("i"), sympy.I) if isinstance(parsed, sympy.Expr) else parsed
+    # One kind of symbol, whatever the parser took it for; i is the imaginary unit.
+    return parsed.subs({symbol: sympy.I if symbol.name == "i" else sympy.Symbol(symbol.name)
+                        for symbol in getattr(parsed, "free_symbols", ())})
 
 
-def zero(difference):
-    """Is it 0? Numbers that agree to 50 digits only are not equal: decided exactly, or no."""
+def value_of(number):
+    """The match of 1.1_3 -> 4/3; of 7_3, which has no such digit, as it is."""
+    whole, part, base = number[1], (number[2] or "")[1:], int(number[3])
+    with contextlib.suppress(ValueError):
+        return rf"(\frac{{{int(whole + part, base)}}}{{{base ** len(part)}}})"
+    return number[0]
+
+
+def same_number(a, b):
+    """Numbers that agree to 50 digits only are not the same: decided exactly, or no."""
     import sympy
+    difference = (a - b).doit()    # 100! in full, not a rounding of it
     if not difference.free_symbols and abs(difference.evalf(50)) > sympy.Float("1e-30", 50):
         return False
     return sympy.simplify(difference) == 0
@@ -163,9 +203,9 @@ def same_value(gold, answer):
     import sympy
     a, b = parse(gold), parse(answer)
     if isinstance(a, sympy.MatrixBase) and isinstance(b, sympy.MatrixBase):
-        return a.shape == b.shape and all(zero(x - y) for x, y in zip(a, b))
+        return a.shape == b.shape and all(map(same_number, a, b))
     if isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr):
-        return zero(a - b)
+        return same_number(a, b)
     return type(a) is type(b) and math_verify.verify([a], [b], timeout_seconds=None)
 
 
@@ -217,13 +257,15 @@ def equal(gold, answer, ordered=False):
     """Both already plain. Recursion is as deep as brackets are nested, 30 at most."""
     if gold == answer:
         return True
-    if words(gold) and (len(words(gold)) > 1 or r"\text" in gold):
-        return words(gold) == words(answer)
+    bases, other_bases = ({base for *_, base in BASE.findall(tex)} for tex in (gold, answer))
+    primes, other_primes = (len(PRIMES.findall(tex)) for tex in (gold, answer))
+    if bases != other_bases or primes != other_primes:     # -37_8 is not -37, f'(x) not f(x)
+        return False
+    if words(gold) and (r"\text" in gold or len(words(gold)) > 1 and words(answer)):
+        return words(gold) == words(answer)                # but xy is x \cdot y
     gold, answer = (re.sub(rf"^{NAME} ?\\in(?![A-Za-z]) ?", "", tex) for tex in (gold, answer))
     gold, answer = without_units(gold, gold), without_units(answer, gold)
-    said = re.match(rf"{TEXT} ?(?=[0-9\\(\[])", answer)    # \text{The answer is } 9
-    if said and not re.search("[0-9]", said[1]) and not tasks.changes_value(said[1]):
-        answer = answer[said.end():]
+    answer = re.sub(r"^\\text\{[^{}0-9]*\b(?:is|are|be):? ?\} ?", "", answer)    # the answer is
 
     # Inequalities and unions of intervals
     if any(COMPARED.search(tex) or r"\cup" in tex for tex in (gold, answer)):
@@ -244,9 +286,7 @@ def equal(gold, answer, ordered=False):
     if not all(NAMES.fullmatch(side) or equal(side, answer) for side in before):
         return False
 
-    # Another base is another number; a point, an interval: the same brackets, the same order
-    if BASE.fullmatch(gold) or BASE.fullmatch(answer):
-        return gold == answer
+    # A point, an interval: the same brackets, the same order
     a, b = (split(tex[1:-1]) if tex[0] + tex[-1] in ("()", "[]", "(]", "[)") else [tex]
             for tex in (gold, answer))
     if len(a) > 1 or len(b) > 1:
@@ -333,23 +373,23 @@ SAME = "equal as text"
 
 def math_gold(answer):
     """The last box of a solution ("\\boxed 4" and \\fbox too), or all of a short answer."""
-    answer = re.sub(r"\\fbox\s*\{", r"\\boxed{", answer)
     answer = re.sub(r"\\boxed\s+([^\s{$.]+)", r"\\boxed{\1}", answer)
-    found = tasks.boxes(answer)
-    return found[-1][1] if found else "" if r"\boxed" in answer else answer.strip()
+    return tasks.last_box(answer) or ("" if r"\boxed" in answer else answer.strip())
 
 
 def grade_math_batch(texts, examples):
     """Equal as text is right; else the child decides, with a deadline for each answer."""
     drafts = []
     for text, example in zip(texts, examples):
-        found, gold = tasks.last_answer(text, box=True), math_gold(str(example["answer"]))
-        content = tasks.boxed_answer(found)
-        ordered = bool(ORDER.search(example.get("question") or ""))
-        question = plain(gold), plain((content or "")[:1001]), ordered
-        reason = ("no answer" if found.content is None else "not one answer" if content is None
-                  else SAME if question[0] == question[1] else objection(gold, content))
-        drafts.append((found, content or "", reason, question))
+        content, tagged, thought = tasks.last_answer(text, box=True)
+        gold, said = math_gold(str(example["answer"])), content or ""
+        asked, tex, answer = example.get("question") or "", plain(gold), plain(said[:1001])
+        reason = ("no answer" if content is None else SAME if tex == answer
+                  else objection(gold, said))
+        if "=" not in answer:
+            tex = without_name(tex, asked)
+        format = 0.5 * thought + 0.5 * tagged
+        drafts.append((format, tagged, said, reason, (tex, answer, bool(ORDER.search(asked)))))
     verdicts = judge([question for *_, reason, question in drafts if not reason])
 
     late = [question[1] for question, verdict in verdicts.items() if verdict is None]
@@ -357,13 +397,12 @@ def grade_math_batch(texts, examples):
         logging.getLogger("tasks").warning(
             "math-verify: %d of %d answers took more than %d s and count as wrong, e.g. %s",
             len(late), len(verdicts), ANSWER_SECONDS, tasks.printable(late[0][:60]))
-    said = {True: "equal by math-verify", False: "not equal", None: "not judged in time"}
+    why = {True: "equal by math-verify", False: "not equal", None: "not judged in time"}
     grades = []
-    for found, content, reason, question in drafts:
+    for format, tagged, said, reason, question in drafts:
         verdict = reason == SAME or not reason and verdicts[question]
-        format = 0.5 * found.thought + 0.5 * found.tagged
-        grades.append(tasks.graded(format, int(verdict or 0), reason or said[verdict], content,
-                                   found.tagged, string_match=float(reason == SAME)))
+        grades.append(tasks.graded(format, int(verdict or 0), reason or why[verdict], said,
+                                   tagged, string_match=float(reason == SAME)))
     return grades
 
 
@@ -389,7 +428,6 @@ def read_math(row, split, options):
 
 tasks.TASKS["math"] = tasks.Task(
     "math", tasks.question_prompt, grade_math, read=read_math, grade_batch=grade_math_batch,
-    key=tasks.question_key,
     hub={"train": "qwedsacf/competition_math train",
          "test": "HuggingFaceH4/MATH-500 test"},
     options={"max_level": 4}, limits={"max_level": (1, 5)})    # the paper trains on 1 to 4

@@ -14,17 +14,22 @@ import math
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "lab")]
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 
 import agrpo
+import models
+import run
 import tasks
+from tasks import TaskError
 
 # Models that need not be here. LLaDA: arXiv 2502.09992, appendix. Dream is a Qwen2.5-7B.
 LLADA = dict(d_model=4096, n_layers=32, n_heads=32, mlp_hidden_size=12288,
@@ -42,6 +47,7 @@ DIMENSIONS = {"GSAI-ML/LLaDA-8B": LLADA, "GSAI-ML/LLaDA-1.5": LLADA,
               "Dream-org/Dream-v0": DREAM, "inclusionAI/LLaDA-MoE-7B-A1B": LLADA_MOE,
               "dllm-hub/Qwen3-0.6B": QWEN3}
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+SMALL_GPU = 24e9                       # what the presets are planned for where there is no GPU
 PYTHON = 0.45e9                        # resident after the imports, measured
 # Measured: FLOP/s of a large product in 16 bits on an H200, whose arithmetic is an H100's, and
 # what writing and learning (8B, recomputed) reach of it. Passes of a few tokens reach less.
@@ -68,7 +74,7 @@ class Shape(NamedTuple):
 
 
 def shape_of(config):
-    """The Shape that a config, a dict, describes. Biases are left out. Raises UserError."""
+    """The Shape that a config, a dict, describes. Biases are left out. Raises TaskError."""
     def first(*names, default=None):
         return next((config[name] for name in names if config.get(name) is not None), default)
 
@@ -76,8 +82,8 @@ def shape_of(config):
     heads, V = first("n_heads", "num_attention_heads"), first("embedding_size", "vocab_size")
     f, experts = first("mlp_hidden_size", "intermediate_size"), first("num_experts", default=0)
     if None in (d, layers, heads, V) or not (f or experts):
-        raise agrpo.UserError("the model's config.json lacks dimensions: it needs hidden_size, "
-                              "num_hidden_layers, num_attention_heads, vocab_size, ...")
+        raise TaskError("the model's config.json lacks dimensions: it needs hidden_size, "
+                        "num_hidden_layers, num_attention_heads, vocab_size, ...")
     width, kind = first("head_dim", default=d // heads), first("model_type", default="")
     q, kv = heads * width, first("n_kv_heads", "num_key_value_heads", default=heads) * width
     tied = first("weight_tying", "tie_word_embeddings", default="hidden_size" in config)
@@ -109,8 +115,8 @@ def shape_of(config):
 
 
 def read_config(cfg):
-    """The model's config as a dict, and where it is from. Raises UserError."""
-    folder = agrpo.local_folder(cfg.model)
+    """The model's config as a dict, and where it is from. Raises TaskError."""
+    folder = models.local_folder(cfg.model)
     path = folder and folder / "config.json"
     if folder is None:
         path = try_to_load_from_cache(cfg.model, "config.json", revision=cfg.revision or None)
@@ -118,19 +124,19 @@ def read_config(cfg):
         for name, config in DIMENSIONS.items():
             if cfg.model.startswith(name):
                 return config, "dimensions known here"
-        raise agrpo.UserError(f"--model {cfg.model}: its dimensions are not known here; "
-                              "give a folder with its config.json")
+        raise TaskError(f"--model {cfg.model}: its dimensions are not known here; "
+                        "give a folder with its config.json")
     try:
         return json.loads(Path(path).read_text()), str(path)
     except (OSError, ValueError) as e:
-        raise agrpo.UserError(f"{path} cannot be read as JSON ({e}): fetch it again") from e
+        raise TaskError(f"{path} cannot be read as JSON ({e}): fetch it again") from e
 
 
 # --- Counts -----------------------------------------------------------------------------------
 
 def longest_prompt(cfg):
     """(tokens of the longest of 100 training prompts, how that is known)"""
-    task, folder = tasks.TASKS[cfg.task], agrpo.local_folder(cfg.model)
+    task, folder = tasks.TASKS[cfg.task], models.local_folder(cfg.model)
     if task.make is None and not cfg.train_file:
         return cfg.max_prompt, "--max_prompt; a lower one makes the plan closer"
     data = tasks.load(cfg.task, "train", file=cfg.train_file or None, **cfg.options)
@@ -153,7 +159,7 @@ def lora_size(cfg, shape):
 
 def in_one(cfg, shape):
     """Are a layer and its LoRA one product? (Or is there no LoRA.)"""
-    small = all(i * o <= agrpo.SMALL for i, o in shape.adapted)
+    small = all(i * o <= models.SMALL for i, o in shape.adapted)
     return not cfg.lora_r or cfg.dtype == "float32" and small
 
 
@@ -178,6 +184,18 @@ def phases(cfg, shape, prompt):
     return dict(learn=learnt * kept + cfg.micro_batch * W * shown,
                 write=forward(cfg.C, max(W * drawn, still * shown)),
                 evaluate=forward(cfg.eval_C, cfg.eval_block * shown))
+
+
+def with_batches(cfg, shape, prompt, space):
+    """cfg, and where a batch is 0 as many rows as fit into `space` bytes beside the weights."""
+    a_row = phases(replace(cfg, micro_batch=1, rollout_batch=1), shape, prompt)
+    a_row = dict(micro_batch=a_row["learn"],
+                 rollout_batch=max(a_row["write"], a_row["evaluate"]))
+    sizes = models.most_rows(cfg)
+    for name in sizes:                                          # halved as a run does it
+        while 1 < sizes[name] > space / a_row[name]:
+            sizes[name] //= 2
+    return replace(cfg, **{name: getattr(cfg, name) or n for name, n in sizes.items()})
 
 
 def weight_bytes(cfg, shape):
@@ -224,10 +242,15 @@ def free_memory():
 
 
 def speed(cfg, shape):
-    """FLOP/s of this device on a product of the model's size, the best of half a second."""
-    like = dict(device=cfg.device, dtype=getattr(torch, cfg.dtype))
-    a = torch.randn(4096, min(shape.d, 2048), **like)
-    b = torch.randn(a.shape[1], min(4 * shape.d, 8192), **like)
+    """FLOP/s of this device on a product of the model's size, the best of half a second.
+
+    A CPU gets a small one in float32: some multiply 16 bits a thousand times as slowly.
+    """
+    gpu = cfg.device != "cpu"
+    rows, most = (4096, 2048) if gpu else (512, 512)
+    a = torch.randn(rows, min(shape.d, most), device=cfg.device,
+                    dtype=getattr(torch, cfg.dtype) if gpu else torch.float32)
+    b = torch.randn(a.shape[1], 4 * a.shape[1], device=cfg.device, dtype=a.dtype)
     best, begun = math.inf, time.perf_counter()
     while time.perf_counter() - begun < 0.5:
         start = time.perf_counter()
@@ -251,7 +274,12 @@ def report(cfg, shape, source):
     """Yield the lines of the plan."""
     prompt, known = longest_prompt(cfg)
     base, head, trained = weight_bytes(cfg, shape)
-    peak, gpu, L = phases(cfg, shape, prompt), cfg.device != "cpu", prompt + cfg.C
+    gpu, L, fixed = cfg.device != "cpu", prompt + cfg.C, cfg.micro_batch and cfg.rollout_batch
+    have = torch.cuda.get_device_properties(cfg.device).total_memory if gpu else free_memory()
+    # A run keeps a tenth free. Without a GPU the plan is for one of this size.
+    space = 0.9 * (have if gpu else SMALL_GPU) - base - head - trained
+    cfg = with_batches(cfg, shape, prompt, space)
+    peak = phases(cfg, shape, prompt)
     yield f"{cfg.task} on {cfg.model} ({source})"
     weights = f": {amount(base)} in {cfg.dtype}" if cfg.lora_r else ", all trained"
     if head:
@@ -268,8 +296,10 @@ def report(cfg, shape, source):
     yield f"            (prompts of {prompt} tokens: {known})"
     yield (f"writing     {amount(peak['write'])}, evaluating {amount(peak['evaluate'])}: "
            f"{cfg.rollout_batch} rows at a time")
+    if not fixed:
+        yield ("            (as many rows as fit " + ("here)" if gpu else
+               f"into a GPU of {amount(SMALL_GPU)}: a run tries it out)"))
     need = base + head + trained + max(peak.values()) + (0 if gpu else PYTHON)
-    have = torch.cuda.get_device_properties(cfg.device).total_memory if gpu else free_memory()
     verdict = "it fits" if need < 0.95 * have else "TOO LITTLE"
     where = "on the GPU" if gpu else "free, no GPU"
     yield f"memory      {amount(need)} at the peak; here: {amount(have)} {where}: {verdict}"
@@ -281,33 +311,37 @@ def report(cfg, shape, source):
     rows, (write, learn) = cfg.questions * cfg.G, work(cfg, shape, prompt)
     pairs = cfg.mu * rows * min(cfg.k, cfg.m)
     yield (f"an update   {rows} rollouts: {rows * cfg.m * L:,} tokens through the model to "
-           f"write, at most {pairs * L:,} to learn")
+           f"write, at most {pairs * L:,.0f} to learn")
     yield f"            {amount(write, WORK)} + {amount(learn, WORK)}"
     for name, rate, reached in (("time here", speed(cfg, shape), REACHED if gpu else (1, 1)),
                                 ("on an H200", H200, REACHED)):
         rates = [rate * share for share in reached]
         seconds = write / rates[0] + learn / rates[1]
-        if name == "time here" or seconds > 1:                  # below, overheads decide
+        here = name == "time here"
+        if here and not gpu and seconds > 3600:
+            yield f"{name:<12}more than an hour an update: choose a GPU or a smaller model"
+        elif here or seconds > 1:                               # below, overheads decide
             yield (f"{name:<12}{amount(seconds, TIME)} an update, "
                    f"{amount(seconds * cfg.updates, TIME)} for {cfg.updates}, at "
-                   f"{rates[0] / 1e12:,.2f} and {rates[1] / 1e12:,.2f} TFLOP/s")
+                   f"{rates[0] / 1e12:,.2f} and {rates[1] / 1e12:,.2f} TFLOP/s"
+                   + " in float32" * (here and not gpu))
 
     # A checkpoint holds what is trained and Adam's two, without the gradients.
     disk = f"{amount(trained * 12 / 16)} for a checkpoint"
-    if agrpo.local_folder(cfg.model) is None:
+    if models.local_folder(cfg.model) is None:
         disk += f", {amount(2 * shape.parameters)} for the model unless it is there"
     there = next(p for p in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if p.exists())
     yield f"disk        {disk}; {amount(shutil.disk_usage(there).free)} free"
 
 
 def parse(argv):
-    """Flags -> Config: those of agrpo.py."""
-    parser = agrpo.Parser(prog="bash run.sh plan", description=__doc__,
-                          epilog="the flags are those of python agrpo.py --help")
-    return agrpo.parse(parser.parse_known_args(argv)[1])
+    """Flags -> Run."""
+    parser = run.Parser(prog="bash run.sh plan", description=__doc__,
+                          epilog="the flags are those of python lab/run.py --help")
+    return run.parse(parser.parse_known_args(argv)[1])
 
 
-def run(cfg):
+def main(cfg):
     config, source = read_config(cfg)
     for line in report(cfg, shape_of(config), source):
         print(line, flush=True)
@@ -315,4 +349,4 @@ def run(cfg):
 
 
 if __name__ == "__main__":
-    sys.exit(agrpo.in_one_sentence(lambda: run(parse(sys.argv[1:]))))
+    sys.exit(run.in_one_sentence(lambda: main(parse(sys.argv[1:]))))

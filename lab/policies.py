@@ -1,6 +1,6 @@
 """Policies that see less of the text: cheaper steps, and the attention of block diffusion.
 
-    python agrpo.py --policy lab/policies.py:FrozenContext --model ... --trust_remote_code
+    bash run.sh gsm8k --preset llada --policy lab/policies.py:FrozenContext
 
 AGRPO's gradient is exact for whatever function the policy is, if rollout and loss call the same
 one with the same arguments (agrpo.Block).
@@ -12,18 +12,21 @@ one with the same arguments (agrpo.Block).
                       read once, with the block all masked     the plain one
 
 Limits. Keys and values of LLaDA-8B take 0.52 MB a token: 128 rows of 522 tokens are 35 GB, so
-set --rollout_batch to 32 or so. Others measured 1 to 5 points lost by prefix caches with random
-order or parallel decoding: evaluate with and without before training, and a trained model with
-the policy it was trained with. The masked text after the block is frozen, not dropped: dropping
-it takes LLaDA's GSM8K from 79 to 34 % (others' measurement). Blocks are counted from where the
-answer begins, as dLLM's bd3lm sampler does; LLaDA2 and SDAR count from the text's start.
+fewer rows fit into a forward (--rollout_batch 0 tries how many). Others measured 1 to 5 points
+lost by prefix caches with random order or parallel decoding: evaluate with and without before
+training, and a trained model with the policy it was trained with. The masked text after the
+block is frozen, not dropped: dropping it takes LLaDA's GSM8K from 79 to 34 % (others'
+measurement). Blocks are counted from where the answer begins, as dLLM's bd3lm sampler does;
+LLaDA2 and SDAR count from the text's start.
 
 Read are LLaDA's code, whose blocks take a past, and models that take a mask of four dimensions
 and either put their attention through transformers' interface (Qwen3, Llama, A2D) or hand it a
 cache (Dream, LLaDA2). Any other is refused: LLaDA-MoE takes no cache; in train mode SDAR's and
 Fast-dLLM v2's attention is another function.
 """
+import sys
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch.nn.functional import pad
@@ -31,7 +34,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from agrpo import HALF, Block, Policy, UserError, first_line, one_length_at_a_time
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "lab")]
+from agrpo import HALF, Block, Policy, one_length_at_a_time
+from models import first_line
+from tasks import TaskError
 
 # Printed when such a policy is chosen.
 CHECK = "evaluate with and without it before training, and a trained model with it"
@@ -41,6 +48,7 @@ LENGTH = ("give the --block_length that the model was trained with; one that was
 
 class Seeing(Policy):
     """A policy that says which tokens see which, and can read a part of the text."""
+    block_causal = False               # does it see nothing after its block?
 
     def __init__(self, model, tokenizer, mask_id, device="cpu"):
         super().__init__(model, tokenizer, mask_id, device)
@@ -86,8 +94,8 @@ class Seeing(Policy):
 
     def predict(self, hidden, positions):
         """The head on positions (N, W) of hidden (N, n, d) -> (N, W, V)."""
-        self.positions = positions - self.shift
-        return self.model.get_output_embeddings()(hidden)
+        row = torch.arange(len(hidden), device=hidden.device)[:, None]
+        return self.head(hidden[row, positions - self.shift].to(self.head.weight.dtype))
 
 
 class BlockCausal(Seeing):
@@ -126,8 +134,8 @@ class FrozenContext(Seeing):
     have gradients.
     """
     note = ("the text around a block is read once, with the block masked: another policy than "
-            "the plain one; keys and values are 0.5 MB a token at 8B, so --rollout_batch 32 or "
-            "less: " + CHECK)
+            "the plain one; keys and values are 0.5 MB a token at 8B, so fewer rows fit "
+            "(--rollout_batch): " + CHECK)
 
     def __call__(self, ids, mask, positions, block):
         """ids, mask (N, L), positions (N, W) in the block -> logits (N, W, V)."""
@@ -162,8 +170,8 @@ class FrozenBlockCausal(FrozenContext, BlockCausal):
     """BlockCausal with keys and values of the earlier blocks kept: they never see the block, so
     nothing is approximate. The passes of FrozenContext, the mask of BlockCausal.
     """
-    note = ("as BlockCausal, keys and values of earlier blocks kept, 0.5 MB a token at 8B, "
-            "so --rollout_batch 32 or less: " + LENGTH)
+    note = ("as BlockCausal, keys and values of earlier blocks kept, 0.5 MB a token at 8B, so "
+            "fewer rows fit (--rollout_batch): " + LENGTH)
 
 
 @torch.no_grad()
@@ -172,7 +180,7 @@ def must_fit(policy):
 
     FrozenContext must equal the plain model where the block is all masked. A block-causal
     policy must not see the block from before it, and FrozenBlockCausal must equal BlockCausal.
-    Raises UserError.
+    Raises TaskError.
     """
     name, causal = f"--policy {type(policy).__name__}", partial(BlockCausal.__call__, policy)
     # Three blocks of four: written, all masked, and what comes after.
@@ -191,13 +199,13 @@ def must_fit(policy):
         else:
             pairs = [(found, Policy.logits(policy, ids, mask, at))]
     except Exception as e:             # a model's own code may raise anything
-        raise UserError(f"{name} cannot read this model ({type(e).__name__}: {first_line(e)}); "
+        raise TaskError(f"{name} cannot read this model ({type(e).__name__}: {first_line(e)}); "
                         "it reads LLaDA's, Dream's and LLaDA2's code and attention by "
                         "transformers' interface") from e
     # torch's maximum is NaN where one of them is; Python's may not be.
     gap = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max()
     if not gap < (0.05 if policy.dtype in HALF else 1e-3):
-        raise UserError(f"{name} reads this model wrongly: logits that must be equal differ by "
+        raise TaskError(f"{name} reads this model wrongly: logits that must be equal differ by "
                         f"{gap:.0e} of the largest; leave it out or choose another")
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "lab")]
 
 # Triton reads this once, when it is first imported, and transformers, peft and torch._dynamo
 # all import it. With a GPU the kernels run there: torch.compile needs a Triton that compiles.
@@ -27,7 +27,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 import agrpo
-from lab import make_tiny
+import make_tiny
+import models
+import run
 
 
 def pytest_configure(config):
@@ -122,6 +124,9 @@ def somewhere_else(tmp_path_factory):
         yield
 
 
+PROBLEMS = [dict(nums=[1, 2, 3], target=6), dict(nums=[4, 5, 6], target=7)]
+
+
 def each(*kinds):
     return pytest.mark.parametrize("kind", kinds)
 
@@ -129,7 +134,7 @@ def each(*kinds):
 def policy_of(model, *flags, trust=True, loud=True):
     """A Policy by load_policy. LoRA's second matrices are not zero: zero, they hide much."""
     argv = ["--model", model, "--device", "cpu", "--lora_r", "4", *flags]
-    policy = agrpo.load_policy(agrpo.parse(argv + ["--trust_remote_code"] * trust))
+    policy = models.load_policy(run.parse(argv + ["--trust_remote_code"] * trust), PROBLEMS)
     torch.manual_seed(1)
     for name, p in policy.model.named_parameters():
         if "lora_B" in name and loud:
@@ -152,9 +157,9 @@ def add_gradient(policy, how=TWO_BLOCKS, copies=1, **more):
     q, q_mask = (x.repeat(copies, 1) for x in prompts(policy))
     keys = [(0, i) for i in range(len(q))]
     traj = agrpo.rollout(policy, q, q_mask, how, agrpo.row_random(keys))
-    rows, steps = (agrpo.timestep_probs(traj, "uniform") > 0).nonzero().unbind(1)
-    pairs = rows, steps, torch.ones(len(rows))
     A = torch.tensor([1.0, -0.5]).repeat(copies)
+    rows, steps = (agrpo.timestep_probs(traj, A.abs(), "uniform") > 0).nonzero().unbind(1)
+    pairs = rows, steps, torch.ones(len(rows))
     return traj, agrpo.add_gradient(policy, traj, A, pairs, micro_batch=4, **more)
 
 
@@ -197,11 +202,11 @@ def act_at(act, moment, patch):
 
 
 def main(argv, act=None, at=None):
-    """agrpo.main in this process -> code, out, err"""
+    """run.main in this process -> code, out, err"""
     with pytest.MonkeyPatch.context() as patch:
         if act:
             act_at(act, at, patch)
-        return captured(lambda: agrpo.main([str(word) for word in argv]))
+        return captured(lambda: run.main([str(word) for word in argv]))
 
 
 def captured(program):
@@ -234,7 +239,7 @@ def forked(tmp_path_factory):
     env: a dict for each. Who still lives after a minute is killed.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["agrpo", "matplotlib.pyplot", "peft", "conftest",
+    context.set_forkserver_preload(["run", "matplotlib.pyplot", "peft", "conftest",
                                     "transformers.models.modernbert.modeling_modernbert"])
     log = str(tmp_path_factory.mktemp("log") / "console")
 
@@ -255,7 +260,7 @@ def forked(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         # For the server's imports. It sees no GPU: CUDA does not outlive a fork.
-        for path in (str(ROOT), str(Path(__file__).parent)):
+        for path in (str(ROOT), str(ROOT / "lab"), str(Path(__file__).parent)):
             patch.setenv("PYTHONPATH", path, prepend=os.pathsep)
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         yield call

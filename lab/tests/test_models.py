@@ -1,13 +1,12 @@
 """Models as users bring them: a folder with weights, a tokenizer and Python code of its own.
 
-Loaded as real checkpoints are, by agrpo.load_policy. The code is in doubles.py. What holds for
+Loaded as real checkpoints are, by models.load_policy. The code is in doubles.py. What holds for
 every policy that a model may get (ratio, gradient, padding) is in test_policies.py.
 """
 import json
 import math
 import os
 import shutil
-import time
 from functools import partial
 
 import pytest
@@ -17,11 +16,14 @@ from conftest import (add_gradient, checkpoint, each, modernbert, policy_of, pro
                       trained)
 
 import agrpo
-from lab import make_tiny
+import make_tiny
+import models
+import run
+from tasks import TaskError
 
 
 def refusal(model, *flags, **more):
-    with pytest.raises(agrpo.UserError) as e:
+    with pytest.raises(TaskError) as e:
         policy_of(model, *flags, **more)
     sentence = str(e.value)
     assert "\n" not in sentence and f"--model {model}" in sentence
@@ -35,7 +37,6 @@ def test_the_head_on_chosen_rows_changes_no_logit(kind):
     policy.model.double()                            # rows in another order round differently
     ids, at = torch.randint(5, 60, (3, 14)), torch.tensor([[2, 9], [5, 13], [1, 2]])
     chosen = policy(ids, torch.ones_like(ids), at)
-    policy.positions = torch.arange(14).expand(3, -1)           # the hook hands on everything
     mask = torch.ones(3, 14, dtype=torch.bool)
     mask = mask[:, None, None, :] if kind == "dream" else mask
     full = policy.model(input_ids=ids, attention_mask=mask).logits
@@ -154,6 +155,13 @@ def test_a_model_that_names_no_mask_token_needs_the_flag(tmp_path):
     assert policy_of(folder, "--mask_id", "9", "--shift", "1").shift == 1
 
 
+def with_template(where, template):
+    """A model whose tokenizer has this chat template."""
+    checkpoint(where, "llada")
+    (where / "chat_template.jinja").write_text(template)
+    return str(where)
+
+
 def test_a_template_without_a_system_role_gets_it_before_the_question():
     policy = policy_of(shelf["llada"])
     policy.tokenizer.chat_template = (
@@ -161,9 +169,19 @@ def test_a_template_without_a_system_role_gets_it_before_the_question():
         "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
         "[{{ m.role }}]{{ m.content }}{% endfor %}")
     chat = [dict(role="system", content="be brief"), dict(role="user", content="1 + 1")]
+    models.look_at_prompts(policy, "--model", [chat])
     assert policy.render(chat) == "[user]be brief\n\n1 + 1"
     policy.tokenizer.chat_template = "{{ enable_thinking }} {{ add_generation_prompt }}"
     assert policy.render(chat) == "False True"
+
+
+@pytest.mark.parametrize("template, says", [
+    ("Solve it!", "drops or cuts the problem"),
+    ("{{ messages[-1].content[:10] }}", "drops or cuts the problem"),
+    ("{{ messages[-1].contents() }}", "chat template that fails"),
+], ids=["drops", "cuts", "fails"])
+def test_a_template_that_loses_the_problem_is_found_at_the_start(template, says, tmp_path):
+    assert says in refusal(with_template(tmp_path, template))
 
 
 # --- what is refused --------------------------------------------------------------------------
@@ -232,12 +250,11 @@ def test_wrong_folders_are_one_sentence(tmp_path):
     assert "could not be loaded" in refusal(str(half))
 
 
-def test_a_hub_out_of_reach_is_one_sentence_within_seconds(monkeypatch):
+def test_a_hub_out_of_reach_is_one_sentence_at_once(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("tasks.hub_answers", lambda hub: False)
-    began = time.time()
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it tries again"))
     assert "check name and network" in refusal("nobody/no-such-model")
-    assert time.time() - began < 10
 
 
 def test_code_for_transformers_4_is_refused_on_5(monkeypatch):
@@ -246,7 +263,7 @@ def test_code_for_transformers_4_is_refused_on_5(monkeypatch):
 
 
 def test_every_pin_is_a_commit():
-    assert all(pin is None or len(pin) == 40 and int(pin, 16) for pin in agrpo.KNOWN.values())
+    assert all(pin is None or len(pin) == 40 and int(pin, 16) for pin in models.KNOWN.values())
 
 
 # --- LoRA -------------------------------------------------------------------------------------
@@ -258,7 +275,7 @@ def test_lora_as_one_product_is_the_three_and_so_are_its_gradients():
     linear = torch.nn.functional.linear
     dy = torch.randn(2, 3, 5, dtype=torch.float64)
     for b in (bias, None):
-        one = agrpo.LoraProduct.apply(x, W, b, A, B, 0.3)
+        one = models.LoraProduct.apply(x, W, b, A, B, 0.3)
         three = linear(x, W, b) + 0.3 * linear(linear(x, A), B)
         torch.testing.assert_close(one, three)
         torch.testing.assert_close(torch.autograd.grad(one, (x, A, B), dy),
@@ -279,14 +296,14 @@ def test_an_adapter_that_peft_made_computes_what_peft_computes(kind, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     more = {} if kind == "plain" else {kind: 0.5 if kind == "lora_dropout" else True}
-    base, _ = agrpo.load_model(agrpo.parse(["--model", shelf["base"], "--device", "cpu"]))
+    base, _ = models.load_model(run.parse(["--model", shelf["base"], "--device", "cpu"]))
     lora = LoraConfig(r=4, target_modules=["Wqkv", "Wi"], init_lora_weights=False, **more)
     get_peft_model(base, lora).save_pretrained(tmp_path)
     policy = policy_of(shelf["base"], "--adapter", str(tmp_path), loud=False)
     policy.model.double()
     ours = logits_and_gradients(policy)
     in_one = [layer.__dict__.pop("forward", None) is not None
-              for layer in agrpo.lora_layers(policy.model)]
+              for layer in models.lora_layers(policy.model)]
     theirs = logits_and_gradients(policy)                       # without dropout here too
     assert in_one == [kind != "use_dora"] * 4 and len(ours) >= 9
     for a, b in zip(ours, theirs, strict=True):
@@ -312,8 +329,8 @@ def test_what_peft_does_with_its_adapters_still_works():
 
 
 def test_large_layers_stay_as_peft_has_them(monkeypatch):
-    monkeypatch.setattr(agrpo, "SMALL", 100)
-    layers = agrpo.lora_layers(policy_of(shelf["base"]).model)
+    monkeypatch.setattr(models, "SMALL", 100)
+    layers = models.lora_layers(policy_of(shelf["base"]).model)
     assert layers and not any("forward" in x.__dict__ for x in layers)
 
 
@@ -325,5 +342,5 @@ def test_an_adapter_comes_back_and_only_to_its_model(tmp_path):
     with torch.no_grad():
         a, b = (p(ids, torch.ones_like(ids), at) for p in (policy, again))
     assert torch.equal(a, b)
-    with pytest.raises(agrpo.UserError, match="the model it was trained on"):
+    with pytest.raises(TaskError, match="the model it was trained on"):
         policy_of(shelf["a2d"], *flag)

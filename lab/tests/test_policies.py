@@ -12,8 +12,11 @@ from conftest import (ROOT, add_gradient, checkpoint, each, main, policy_of, pro
                       shelf, trained)
 
 import agrpo
+import models
+import policies
+import run
 import tasks
-from lab import policies
+from tasks import TaskError
 
 FILE = ROOT / "lab" / "policies.py"
 ALL = ("BlockCausal", "FrozenBlockCausal", "FrozenContext")
@@ -182,8 +185,8 @@ def test_block_causal_is_the_mask_written_by_hand():
         no_later = (j - 9) // 4 <= (i - 9) // 4
         by_hand[row, 0, i, j] = (no_later and mask[row, j] == 1) or i == j
     assert torch.equal(policy.visible(mask, block), by_hand)
-    policy.positions, read = at, []
-    expected = policy.model(input_ids=ids, attention_mask=by_hand).logits
+    logits, read = policy.model(input_ids=ids, attention_mask=by_hand).logits, []
+    expected = logits[torch.arange(2)[:, None], at]
     policy.model.get_input_embeddings().register_forward_pre_hook(
         lambda layer, args: read.append(args[0].shape[1]))
     assert (policy(ids, mask, at, block) - expected).abs().max() < 1e-5
@@ -241,21 +244,21 @@ def test_the_limits_are_said_and_a_model_that_cannot_be_read_so_is_refused(name)
     policy = seeing(name, "llada")
     assert getattr(policies, name).note in policy.notes[-1] and "evaluate" in policy.notes[-1]
     assert policy.block_causal == (name != "FrozenContext")
-    with pytest.raises(agrpo.UserError, match=f"{name} cannot read this model"):
+    with pytest.raises(TaskError, match=f"{name} cannot read this model"):
         seeing(name, "base")
 
 
 def test_a_model_that_is_another_function_in_train_mode_is_refused(tmp_path):
     """Whatever its code raises then: a sentence."""
     fast = checkpoint(tmp_path, "a2d", architectures=["Fast_dLLM_QwenForCausalLM"])
-    with pytest.raises(agrpo.UserError, match="cannot read this model .AttributeError"):
+    with pytest.raises(TaskError, match="cannot read this model .AttributeError"):
         policy_of(fast, "--policy", f"{FILE}:BlockCausal")
 
 
 @pytest.mark.parametrize(
     "kind, name", [("deaf", "FrozenBlockCausal"), ("deaf4d", "BlockCausal")])
 def test_a_model_that_ignores_what_it_must_not_see_is_refused(kind, name):
-    with pytest.raises(agrpo.UserError, match=f"{name} reads this model wrongly"):
+    with pytest.raises(TaskError, match=f"{name} reads this model wrongly"):
         seeing(name, kind)
 
 
@@ -266,10 +269,10 @@ def test_nan_in_any_of_the_comparisons_is_refused(monkeypatch):
     def broken(policy, ids, *rest):                  # where this block has a token at its end
         return plain(policy, ids, *rest) * (torch.nan if ids[0, 7] == policy.eos_id else 1.0)
 
-    cfg = agrpo.parse(["--model", shelf["llada"], "--device", "cpu", "--trust_remote_code"])
-    model, tokenizer = agrpo.load_model(cfg)
+    cfg = run.parse(["--model", shelf["llada"], "--device", "cpu", "--trust_remote_code"])
+    model, tokenizer = models.load_model(cfg)
     monkeypatch.setattr(policies.BlockCausal, "__call__", broken)
-    with pytest.raises(agrpo.UserError, match="BlockCausal reads this model wrongly"):
+    with pytest.raises(TaskError, match="BlockCausal reads this model wrongly"):
         policies.BlockCausal(model, tokenizer, tokenizer.mask_token_id)
 
 

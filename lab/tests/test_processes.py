@@ -10,11 +10,12 @@ import pytest
 from conftest import ROOT, act_at, main, outcome, read, shelf, timeless
 
 import agrpo
+import run
 import tasks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 FLAGS = ("--device cpu --questions 2 --G 6 --C 8 --m 4 --k 2 --updates 4 --eval_n 7 --steps 4 "
-         "--lr 0.01 --save_every 1 --rollout_batch 6").split()
+         "--lr 0.003 --save_every 1 --rollout_batch 6").split()
 
 # Even numbers pay. Where the prompt starts with an odd one nothing does: such groups are dead.
 HALF_DEAD = '''
@@ -53,12 +54,12 @@ def signalled(number, signum):
 
 def blind():
     """As on a machine whose disk is not the others'."""
-    agrpo.load_checkpoint = lambda *args: None
+    run.load_checkpoint = lambda *args: None
 
 
 def member(argv, before):
     before()
-    os._exit(agrpo.main(argv))
+    os._exit(run.main(argv))
 
 
 def free_port():
@@ -117,7 +118,7 @@ def test_two_processes_with_half_the_questions_each_learn_what_one_learns(runs):
 
 
 def test_also_where_one_of_them_has_only_dead_groups(runs, flags):
-    agrpo.find_task(flags[-1])
+    run.find_task(flags[-1])
     data = tasks.load("half", "train", seed=0)
     dead = [[data[i]["start"] % 2 for i in agrpo.questions(len(data), 2, update, 0)]
             for update in range(4)]
@@ -169,7 +170,7 @@ def test_a_process_that_dies_ends_the_others_with_a_sentence(runs, two, tmp_path
 def test_torchrun_starts_it(runs, flags, tmp_path):
     """`--` before the file: else torchrun takes --m for the beginning of a flag of its own."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    argv = [*launcher, "--master_port", free_port(), "--", "agrpo.py", *flags]
+    argv = [*launcher, "--master_port", free_port(), "--", "lab/run.py", *flags]
     done = subprocess.run([*argv, "--out", str(tmp_path / "run"), "--updates", "1"], cwd=ROOT,
                           env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True,
                           text=True, timeout=150)

@@ -1,6 +1,5 @@
-"""README's commands go through the real parsers, its names exist; and imports run one way."""
+"""README's commands go through the real parsers, and its names exist."""
 import argparse
-import ast
 import re
 import shlex
 import shutil
@@ -13,11 +12,11 @@ import torch
 from conftest import add_gradient, policy_of, shelf
 
 import agrpo
+import run
 import tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
-sys.path.insert(0, str(ROOT / "lab"))
 
 
 def commands():
@@ -125,7 +124,7 @@ def test_every_command_parses(line, run_sh, my_task, monkeypatch):
 # --- what a reader copies ---------------------------------------------------------------------
 
 def test_the_task_of_ones_own_makes_problems_and_grades(my_task):
-    task = tasks.TASKS[agrpo.find_task(my_task)]
+    task = tasks.TASKS[run.find_task(my_task)]
     example = task.make("0", 0, "train")
     first, second, third = example["nums"]
     assert task.prompt(example)[-1]["content"] == f"Numbers: {first} {second} {third}"
@@ -147,7 +146,7 @@ def test_the_policy_of_ones_own_runs(tmp_path):
     # What stands behind the block moves nothing in it.
     other = torch.where(torch.arange(8) < 4, traj.o, traj.o.flip(1))
     at, block = torch.arange(4).expand(2, -1), agrpo.enter_block(traj.q, traj.how, 0)
-    first, second = (agrpo.denoise(policy, traj.q, traj.q_mask, o, at, block)
+    first, second = (agrpo.logits_at(policy, traj.q, traj.q_mask, o, at, block)
                      for o in (traj.o, other))
     assert torch.equal(first, second)
 
@@ -189,32 +188,6 @@ def test_files_functions_and_tests_that_readme_names_exist():
     tests = "".join(path.read_text() for path in files)
     for name in re.findall(r"`(test_\w+)`", README):
         assert f"def {name}(" in tests, name
-
-
-# --- imports run one way ----------------------------------------------------------------------
-
-def imported(path):
-    """Names of the modules that a file imports, wherever in it."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {part for alias in node.names for part in alias.name.split(".")}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path} has a relative import"
-            names |= {*node.module.split("."), *(alias.name for alias in node.names)}
-    return names
-
-
-def test_imports_run_one_way():
-    lab = {path.stem for path in ROOT.glob("lab/*.py")} | {"lab"}
-    ours = lab | {"agrpo", "kernels", "tasks"}
-    assert not imported(ROOT / "kernels.py") & ours
-    assert not imported(ROOT / "tasks.py") & ours
-    assert imported(ROOT / "agrpo.py") & ours == {"kernels", "tasks"}
-    for path in ROOT.glob("lab/*.py"):
-        assert path.stem == "experiments" or not imported(path) & lab, path
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py")]:
-        assert "test" in path.stem or not {"conftest", "tests"} & imported(path), path
 
 
 def test_the_repository_speaks_of_the_project_alone():

@@ -11,9 +11,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from fractions import Fraction
+from functools import lru_cache
 from itertools import permutations, product
 from pathlib import Path
 
@@ -81,18 +83,19 @@ def rows(table):
     ("tag", "in <answer></answer>. So <answer>2</answer>", "2"),
     ("tag", "<answer>2</answer> in <answer></answer>", "2"),
     ("", "<answer>expression = target</answer> so <answer>2", "2"),
-    ("box", r"<answer>your final answer</answer>so \boxed{18}.", ...),
+    ("", r"<answer>your final answer</answer>so \boxed{18}.", "18"),
     # the box comes last
-    ("box", r"so \boxed{18}.", ...), ("box", r"<think>so \boxed{18}.", ...),
-    ("think box", r"<think>so \boxed{18}.</think>", ...),
-    ("think box", r"<think>\boxed{1}</think>so \boxed{18}.", r" so \boxed{18}."),
+    ("", r"so \boxed{18}.", "18"), ("", r"<think>so \boxed{18}.", "18"),
+    ("think", r"<think>so \boxed{18}.</think>", "18"), ("", r"\fbox{18}", "18"),
+    ("tag", r"<answer>\boxed{5</answer>", "5"), ("tag", r"<answer>\boxed{}5</answer>", "5"),
+    ("think", r"<think>\boxed{1}</think>so \boxed{18}.", "18"),
+    ("tag", r"<answer>\boxed{1}, or \boxed{5} pears</answer> \boxed{6}", "5"),
     ("", r"\boxed{1} <answer>2", "2"),
     ("", "5</answer>", None), ("", "", None), ("", "<ANSWER>5</ANSWER>", None),
     ("tag", "<answer></answer>", "")])
 def test_where_the_answer_is_found(where, text, content):
-    content = text if content is ... else content
     found = tasks.last_answer(text, box=True)
-    assert found == (content, "tag" in where, "think" in where, "box" in where)
+    assert found == (content, "tag" in where, "think" in where)
 
 
 @pytest.mark.parametrize("task", EXAMPLES)
@@ -115,6 +118,29 @@ def test_without_tags_only_a_box_is_an_answer_and_the_last_answer_counts(task):
     assert not grade(task, f"{RIGHT[task]}</answer><answer>7").correct
     wrong = grade(task, "2 + 2")
     assert not wrong.correct and wrong.reward <= 1
+
+
+@pytest.mark.parametrize("task", EXAMPLES)
+def test_bold_marks_braces_a_letter_and_dashes_are_spelling_in_every_task(task):
+    number = task in ("gsm8k", "math")
+    answer = "18" if number else RIGHT[task]
+    spelled = ["**{}**", "{{{}}}", "**{{{}}}**"]
+    if task != "hellaswag":
+        spelled += ["x = {}", "**x = {}**", "{{x = {}}}", "x = {{{}}}", "x = **{}**"]
+    if number:
+        spelled += [r"\boxed{{**{}**}}", r"\boxed{{x = {}}}", "€{}", "£{}", "{} €", "$x = {}$",
+                    "{}°C", "{} °C", r"{}^\circ\text{{C}}", r"{}^\circ C", r"{}\text{{°C}}",
+                    r"\textbf{{{}}}", r"\fbox{{{}}}"]
+    for form in spelled:
+        assert grade(task, form.format(answer)).reward == 4, form
+    for form in ("**{}", "{{{}", "x == {}", "2**{}**", "**{0}****{0}**"):
+        assert not grade(task, form.format(answer)).correct or task == "hellaswag", form
+    minus = {"nums": [5, 8], "target": -3, "answer": "-3"}
+    for three in ("–3", "−3", "-3") + ("-$3", "–€3", "x = –3") * number:
+        if number or task == "countdown":
+            form = "{}" if number else "5 - 8 = {}"
+            assert grade(task, form.format(three), minus).correct, three
+            assert not grade(task, form.format("3"), minus).correct
 
 
 # --- Countdown --------------------------------------------------------------------------------
@@ -262,13 +288,10 @@ GSM8K_WRONG = r"""
 18 ~ 18.75 | -18 | 18/7 | 18, 19 | 18^2 | 1800 | 0.18 | 9+9 | 18 or 17 | 18=17 | 18 19 | 1 8
 18 ~ 18k | 18! | 18e0 | 18-0 | 18*1 | --18 | eighteen |  | 1,8 | 18, | \sqrt{324} | \frac{36}{0}
 18 ~ \frac{36}{2}1 | 18 1/2 | 0x12 | １٨ | ١٨ | 36/2/1 | 18.. | 9 \times 2 | 18 17 dollars | nan
-18 ~ 18 \text{or} 17 | $ | . | -\boxed{18} | 17 \boxed{18} | \boxed{17}\boxed{18} | \boxed{18}^2
-18 ~ 9 + \boxed{9} | \boxed{\boxed{18} + 1} | \sqrt\boxed{18} | \boxed{9} + 9 | 2 \times \boxed{18}
-18 ~ minus \boxed{18} | twice \boxed{18} | half of $\boxed{18}$ | negative \boxed{18} | 18 per
-18 ~ (5)\boxed{18} | \boxed{18}(5) | \frac{1}{\boxed{18}} | \boxed{18} mod 5 | \boxed{18} : 2
-18 ~ \boxed{18}, 19 | \boxed{18}; -$19 | not \boxed{18} | 19 or \boxed{18}
-18 ~ \boxed{18},000 | \boxed{18}{,}000 | \boxed{18}.5 | 1,\boxed{18} | 0.\boxed{18} | ~18 | 18 M
-1000 ~ 1,00 | 1.000 | 10,00 | 1 000 | 1, 000 ;; 1819 ~ 18,19 ;; 5 ~ 5m | 5K"""
+18 ~ 18 \text{or} 17 | $ | . | 18 per | ~18 | 18 M | 18 mod 5 | 18 : 2 | 3–21 | 18–0
+18 ~ \boxed{18}\boxed{17} | \boxed{9} + 9 | \boxed{18 + 1} | \boxed{18, 19} | {1}{8} | 18{5}
+1000 ~ 1,00 | 1.000 | 10,00 | 1 000 | 1, 000 ;; 1819 ~ 18,19 ;; 5 ~ 5m | 5K | 5 x | 5°C2
+23 ~ 2**3 | 2 **3** | **2****3** | 2**3** ;; 18 ~ xy = 18 | x = y = 18 | x == 18 | 2x = 18"""
 SCALED = ("thousand thousands k K M bn mln trn million quadrillion dozen dozens doz tens lakhs "
           "crore halves thirds sevenths twelfths twentieths hundredths score plus squared"
           ).split() + ["or so", "and a half"]
@@ -284,8 +307,7 @@ GSM8K_RIGHT = r"""
 
 
 def test_gsm8k_answers():
-    five = [("5", form.format(word)) for word in SCALED
-            for form in ("5 {}", r"\boxed{{5}} {}", r"5 \text{{ {}}}")]
+    five = [("5", form.format(word)) for word in SCALED for form in ("5 {}", r"5 \text{{ {}}}")]
     for gold, answer in [*rows(GSM8K_WRONG), *five, ("18", "9" * 5000),
                          ("18", "18" + " " * 300 + "or 17")]:
         example = {"question": "", "answer": gold}
@@ -306,6 +328,7 @@ def test_gsm8k_answers():
     r"<think>so \boxed{17}</think> It is {\boxed{18}} of them.",
     "<answer>1. 6 + 3 = 9\n2. Double: \\[ \\boxed{18} \\]</answer>",
     r"First \boxed{9}, then \boxed{18} and that is it.", r"\boxed{x = \boxed{18}}",
+    r"<answer>That is why \fbox{18}</answer>", r"\boxed{17} \boxed{...} \fbox{18} \boxed{}",
     r"<answer>It comes to \boxed{18}, all in all.</answer>", r"Not 9 or \boxed{18}, 2 each."])
 def test_gsm8k_reads_what_models_write_around_a_box(text):
     assert tasks.grade("gsm8k", text, EXAMPLES["gsm8k"]).correct
@@ -347,6 +370,14 @@ x+y=9 ~ 9 = x + y | 2x+2y=18 ;; y = 2x + 3 ~ 2x - y + 3 = 0 ;; x=5 ~ x = 5 ;; 10
 5\sqrt{2} ~ \sqrt{50} ;; \frac{1}{2} ~ 0.5 ;; 0.5 ~ \frac12 ;; 1\frac{4}{5} ~ 1.8
 p - q ~ -q+p ;; 6 - 5i ~ -5i+6 ;; \cot x ~ \frac{1}{\tan x} ;; x^2+2x+1 ~ (x+1)^2
 (3, 6/4) ~ (3,\frac{3}{2})
+# a constant by itself, letters, complex numbers, any size, products, thousands
+k = 15 ~ 15 ;; x=5 ~ 5 ;; x=\frac{1}{2} ~ 0.5 ;; xy ~ x \cdot y | x\cdot y ;; x\cdot y ~ xy
+\text{A,B} ~ A, B | \text{A}, \text{B} | A and B | \text{A and B} | B, A | (A), (B)
+3+4i ~ (2+i)^2 | 3+4\mathrm{i} | 4i+3 ;; -1 ~ i^2 | e^{i\pi} ;; i ~ \sqrt{-1}
+10^{60}(\sqrt{2}+\sqrt{3}) ~ 10^{60}\sqrt{5+2\sqrt{6}} ;; 2^{1000} ~ 4^{500} ;; 100! ~ 100 \cdot 99! ;; 10^{100} ~ 10^{50}\cdot 10^{50}
+1000 ~ 1\,000 ;; 1\,000 ~ 1000 | 1{,}000 ;; 12000000 ~ 12\,000\,000
+-37_8 ~ -37_{8} ;; 101_2 ~ 11_2+10_2 ;; 2 \cdot 101_3 ~ 202_3 | 2\cdot101_3 ;; 101_2 ~ (101)_2 ;; 1.1_3 ~ 1.1_{3}
+f'(x) = 2x ~ f'(x)=2x ;; \frac{\sin x}{\cos x} ~ \tan x
 \sqrt{2}+\sqrt{3} ~ \sqrt{5+2\sqrt{6}} ;; Hence \boxed{1}, then $\boxed{\frac{3}{4}}$. ~ 3/4
 \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{bmatrix} 1 \\ 2 \end{bmatrix}"""
 MATH_WRONG = r"""
@@ -355,17 +386,24 @@ MATH_WRONG = r"""
 (3,4) ~ 3,4 | (4,3) | [3,4] ;; 3,4 ~ (3,4) ;; [0,5) ~ [0,5] ;; (15,-29) ~ (8,-2) ;; 1,2,2 ~ 1,2
 -3<x<4 ~ -3<x<5 ;; x \ge 2 ~ x>2 ;; 4,7 ~ x=4,y=7 ;; (-\infty,1)\cup(2,3] ~ (2,3]
 # equations and bases
-x+y=9 ~ 9 ;; x=5 ~ 5 ;; y=2x+3 ~ 2x+3 ;; 3 ~ 5=3 | 3=5 ;; 5 ~ 101_2 ;; 101_3 ~ 101_2
+x+y=9 ~ 9 ;; y=2x+3 ~ 2x+3 ;; 3 ~ 5=3 | 3=5 ;; 5 ~ 101_2 ;; 101_3 ~ 101_2 | 10 | 101
+xy=9 ~ 9 ;; x=1,y=2 ~ 2,1 | 1,2 ;; k=15 ~ m=15 | 16 ;; f'(x) ~ f(x) ;; f'(x)=2x ~ f(x)=2x
+-37_8 ~ -37_9 | -37 ;; 1.1_3 ~ 1.1_2 ;; 2 \cdot 101_3 ~ 2 \cdot 101_2 ;; (101)_3 ~ (101)_2
+x = 101_3 ~ x = 101_2 | 101_2 ;; 5, 101_2 ~ 101, 11_2 ;; (101_3,2) ~ (101_2,2) ;; 31 ~ 37_8
 101_2 ~ 5 ;; 1=3 ~ 1=2 ;; (x+1)^2=x^2+2x+1 ~ y=1
 \begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}1&2\end{pmatrix}
 # beyond double precision
 \frac{1}{2^{61}} ~ \frac{1}{2^{60}} ;; (\frac{1}{2^{61}},3) ~ (\frac{1}{2^{60}},3)
 5\sqrt{2} ~ 7.0710678 | 7.07106781186547524400 ;; \frac13 ~ 0.333333 ;; \pi ~ 3.14159265
-\sqrt3 ~ \sqrt3+e^{-50}
+\sqrt3 ~ \sqrt3+e^{-50} | \sqrt3+10^{-400} ;; 2^{1000} ~ 4^{500}+1 ;; 100! ~ 100\cdot 98!
+3+4i ~ 3-4i | 7 ;; i ~ 1 | j ;; \text{A,B} ~ A, C | A | AB ;; xy ~ x+y | x ;; no ~ on
+# no interval holds infinity
+(-\infty,1)\cup(2,3] ~ [-\infty,1)\cup(2,3] ;; x<1 ~ [-\infty,1)
+(-\infty,1) ~ [-\infty,1) ;; [2,\infty) ~ [2,\infty] | \left[2, +\infty\right]
 # a variable is no unit, a scale is none
 5m ~ 5 ;; 5 ~ 5m | 5 thousand | 5 \text{ thousand} ;; x ~ y ;; \text{even} ~ \text{odd}
 # read in part by a parser
-3 ~ 3,4 | 3 \text{ or } 4 | 3 \approx 4 | \pm 3 | 3 \ldots | 3$ or $4 | 3 \equiv 4 | -3 | }{3
+3 ~ 3,4 | 3 \text{ or } 4 | 3 \approx 4 | \pm 3 | 3 \ldots | 3$ or $4 | 3 \equiv 4 | -3
 7 ~ 4 3 | 4 \quad 3 ;; 12 ~ 1 2 ;; 10 ~ 1"""
 
 
@@ -392,15 +430,26 @@ def test_math_lists_keep_their_order_where_the_question_asks_for_one():
         assert grade("math", "1, 2, 3", example).correct
 
 
+@pytest.mark.parametrize("question, asked", [
+    ("What is $k$?", False), ("Solve the equation $2x = 10$.", False), ("", False),
+    ("Find $x$ in the equation below.", False), ("What solution has the equation?", False),
+    ("What is the equation of the line?", True), ("Find an equation for the line.", True),
+    ("Enter your answer as an equation.", True), ("Write the line's equations.", True)])
+def test_a_constant_alone_is_right_unless_an_equation_is_asked_for(question, asked):
+    for gold in ("x = 5", r"\theta=5", "x_1 = 5"):
+        example = {"question": question, "answer": gold}
+        assert grade("math", "5", example).correct != asked
+        assert grade("math", gold, example).correct and not grade("math", "6", example).correct
+
+
 def test_honest_answers_beside_runaways_are_judged(caplog):
     math_task.judge([("1", "2-1", False)])                           # the child has started
     honest = [f"{i}+{18 - i}" for i in range(500)]
     answers = ["9^{9^{9^{9}}}", "99999999!", "9^{9^9}+1", *honest]
-    start = time.monotonic()
     grades = tasks.grade_batch("math", [rf"\boxed{{{answer}}}" for answer in answers],
                                [EXAMPLES["math"]] * len(answers))
     assert [g.correct for g in grades] == [False] * 3 + [True] * 500
-    assert time.monotonic() - start < 60 and "count as wrong" in caplog.text
+    assert "3 of 503 answers took more than 2 s and count as wrong" in caplog.text
     children = ["ps", "--ppid", str(os.getpid()), "-o", "stat="]
     assert "Z" not in subprocess.run(children, capture_output=True, text=True).stdout
 
@@ -437,7 +486,7 @@ def test_the_child_dies_with_its_parent_and_has_no_torch():
     correct, torch_there, pid = done.stdout.split()
     assert (correct, torch_there, done.returncode) == ("True", "False", -9), done.stderr
     status = Path(f"/proc/{pid}/status")
-    for _ in range(50):
+    for _ in range(600):    # it takes a tenth of a second
         if not status.exists() or "State:\tZ" in status.read_text():
             return
         time.sleep(0.1)
@@ -454,10 +503,14 @@ def test_a_missing_math_verify_is_an_error_and_not_a_wrong_answer(monkeypatch):
 
 def test_multiple_choice_takes_one_letter():
     right = ["B", "b", "(B)", "B.", " B\n", r"\boxed{B}", r"$\boxed{(b)}$", "B. there",
-             "B) there", "B: word", r"\boxed{\text{B}}", "B. there, a place"]
+             "B) there", "B: word", r"\boxed{\text{B}}", "B. there, a place", "[B]", "**B**",
+             r"\textbf{B}", "Answer: **B**", "Answer: B", "B - word", "B - there", "B – there",
+             "**B.** there", "**B** - there", "{B}", r"\fbox{B}", r"\textbf{Answer: B}",
+             "The answer is (B)."]
     wrong = ["A", "A or B", "there", "BB", "", "B. here", "B. or A", "C", "E", "1",
              "B. A", "B: (a)", "B. A.", "B. there or here", "B. there, A. here", "B. there (A)",
-             "B. or here", "B. either A", "B. not"]
+             "B. or here", "B. either A", "B. not", "B - A", "B - here", "A - B", "**A** B",
+             "[A] B", "Answer: A or B", "Answer:", "**A**", "[A]", "B and A", "B -", "not B"]
     for answer in (*right, *wrong):
         got = grade("hellaswag", answer)
         assert (got.correct, got.reward) == ((True, 4) if answer in right else (False, 1))
@@ -473,15 +526,33 @@ PIECES = st.sampled_from([
     "\ud800", "\0", "１", "a", "the", "final"])
 
 
-def quick(text):
-    """Grade three times at most, as the machine may be busy: the best must be under 50 ms."""
+@lru_cache
+def reading():
+    """Processor time to look at all of 100 kB twenty times: a second of this machine's own."""
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        [re.sub("[a-z]", "", "a1" * 50_000) for _ in range(20)]
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def quick(work, *about):
+    """In less than ten times `reading`, once of three times, as the machine may be busy.
+
+    That is a hundred times the usual; what grows as a square would take thousands.
+    """
+    for _ in range(3):
+        start = time.process_time()
+        result = work()
+        if time.process_time() - start < 10 * reading():
+            return result
+    raise AssertionError(f"slow: {about}")
+
+
+def quickly_graded(text):
     for task in QUICK:
-        times = []
-        while len(times) < 3 and (not times or min(times) >= 0.05):
-            start = time.process_time()
-            got = tasks.grade(task, text, EXAMPLES[task])
-            times.append(time.process_time() - start)
-        assert min(times) < 0.05, (task, text[:80], times)
+        got = quick(lambda: tasks.grade(task, text, EXAMPLES[task]), task, text[:80])
         assert 0 <= got.format <= 1 and got.format <= got.reward <= 4
         assert got.correct <= (got.reward == got.format + 3) and got.parsed.isprintable()
 
@@ -489,11 +560,11 @@ def quick(text):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(PIECES | st.text(max_size=20), max_size=30), st.lists(PIECES, max_size=4),
        st.lists(PIECES, max_size=10))
-def test_any_text_up_to_100_kb_gets_a_grade_in_50_ms(before, repeated, after):
+def test_any_text_up_to_100_kb_gets_a_grade_soon(before, repeated, after):
     repeated = "".join(repeated)
     text = "".join(before) + repeated * (100_000 // max(1, len(repeated))) + "".join(after)
-    quick(text[:100_000])
-    quick(f"<think>a</think><answer>{text[:99_900]}</answer>")
+    quickly_graded(text[:100_000])
+    quickly_graded(f"<think>a</think><answer>{text[:99_900]}</answer>")
 
 
 @pytest.mark.parametrize("core", [
@@ -506,13 +577,14 @@ def test_any_text_up_to_100_kb_gets_a_grade_in_50_ms(before, repeated, after):
     "<think><answer></think></answer>" * 3000, "<think>" * 14_000, "<" * 99_000, "the" * 33_000,
     "</answer>" * 11_000, "93" + "**30" * 20_000, "\\" * 99_000, "7" * 4301, "9*" * 249 + "9",
     "0" * 9000 + "17*5-18", "\\boxedboxed" * 9_000 + "!", "your final answer" * 6000 + "!",
-    "1/3+" * 120 + "1/7"], ids=lambda core: f"{core[:12]}-{len(core)}")
+    "1/3+" * 120 + "1/7", "**a" * 33_000, "**a** " * 16_000, "{" * 99_000, "x = " * 24_000,
+    "A, " * 33_000, "\\text{" + "A, " * 300 + "A", "\\fbox{" * 14_000, "f'" * 40_000,
+    "1_1" * 33_000], ids=lambda core: f"{core[:12]}-{len(core)}")
 def test_the_worst_texts_we_could_think_of_are_quick(core):
     for text in (core, f"<answer>{core}</answer>", f"<think>{core}</think><answer>{core}"):
-        quick(text)
-    start = time.process_time()
-    math_task.plain(core[:1000]), math_task.objection("18", core)    # before a child is asked
-    assert time.process_time() - start < 0.1
+        quickly_graded(text)
+    quick(lambda: math_task.plain(core[:1000]), core[:80])           # before a child is asked
+    quick(lambda: math_task.objection("18", core), core[:80])
 
 
 def test_nothing_the_model_wrote_is_executed(tmp_path):
@@ -659,36 +731,41 @@ def test_training_never_sees_a_test_problem(tmp_path, hub, task, train_from, tes
         assert len(train) == 20 and LEFT_OUT in train.source
 
 
-@pytest.mark.parametrize("train, test", [
-    ("Ann\u2019s \u201cred\u201d hat", "Ann's \"red\" hat"), ("Cafe\u0301?", "CAF\u00c9?"),
-    ("How\u200b many", "How  many\n"), ("How many?", "How many"),
-    ("an ice-cream", "An ice cream."), ("earns $1,000", "earns \\$1000"),
-    ("\uff11\uff12 apples", "12 apples"),
-    (r"Is $\dfrac{1}{2} \times 3$ it?", r"Is \(\frac12\cdot 3\) it?"),
-    (r"Find $\left(\sqrt{2}\right)^2$", r"find $(\sqrt2)^{2}$."),
-    (r"5\,\text{cm} \div 2", "5 cm \u00f7 2")])
-def test_another_spelling_is_no_new_problem(tmp_path, train, test):
-    row = {"answer": "18"}
-    load = [write(tmp_path / f"{i}.jsonl", dict(row, question=text), dict(row, question=f"{i}"))
-            for i, text in enumerate((train, test))]
-    held_out = tasks.load("gsm8k", "test", file=load[1])
-    kept = tasks.load("gsm8k", "train", file=load[0], held_out=held_out)
-    assert [e["question"] for e in kept] == ["0"]
+def test_another_spacing_or_case_is_no_new_problem(tmp_path):
+    test = write(tmp_path / "test.jsonl", {"question": "How  many\n", "answer": "1"})
+    train = write(tmp_path / "train.jsonl", {"question": "how many", "answer": "1"},
+                  {"question": "How many?", "answer": "1"})
+    held_out = tasks.load("gsm8k", "test", file=test)
+    kept = tasks.load("gsm8k", "train", file=train, held_out=held_out)
+    assert [e["question"] for e in kept] == ["How many?"]
 
 
-def test_another_number_or_operation_or_choice_is_another_problem():
-    assert tasks.TASKS["math"].key is tasks.TASKS["gsm8k"].key is tasks.question_key
-    for one, other in [("is 5 + 3", "is 5 * 3"), ("has 12 pears", "has 13 pears"),
-                       ("x < 2", "x > 2"), (r"\sqrt 2", "2"), ("x^2", "2x"), ("3/4", "34")]:
-        assert tasks.plain(one) != tasks.plain(other)
-    # A task of one's own may be about nothing but signs.
-    mine = tasks.Task("mine", lambda e: tasks.chat("", f"Close {e}"), None)
-    assert tasks.key(mine, "( (") == tasks.key(mine, "((") != tasks.key(mine, "[(")
+def test_another_order_of_choices_is_the_same_problem():
     key = tasks.TASKS["commonsense_qa"].key
     example = {"question": "Where?", "choices": ["here", "there"], "answer": "A"}
-    turned = {"question": "where", "choices": ["There", "here."], "answer": "B"}
+    turned = {"question": "where ?", "choices": ["There", "here"], "answer": "B"}
     assert key(example) == key(turned)
     assert key(example) != key(dict(turned, choices=["there", "nowhere"]))
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_the_same_problem_several_times_in_a_test_file_counts_once(tmp_path, task):
+    rows = ROWS[task][:20]
+    again = write(tmp_path / "t.jsonl", *rows, *rows[::-1], rows[3])
+    test = tasks.load(task, "test", file=again)
+    once = tasks.load(task, "test", file=write(tmp_path / "once.jsonl", *rows))
+    assert list(test) == list(once) and len(test) == 20 and "repeat" not in once.source
+    assert "21 rows left out because they repeat a problem" in test.source
+    train = tasks.load(task, "train", file=write(tmp_path / "t.jsonl", *rows, *rows))
+    assert len(train) == 40                                          # of training rows all stay
+
+
+def test_another_order_or_another_spelling_of_its_gold_is_no_other_test_problem(tmp_path):
+    for task, rows in (("gsm8k", [{"question": "q", "answer": a} for a in ("1,000", "1000")]),
+                       ("countdown", [{"nums": n, "target": 5} for n in ([2, 3], [3, 2])])):
+        assert len(tasks.load(task, "test", file=write(tmp_path / "t.jsonl", *rows))) == 1
+    two = [{"Puzzle": puzzle, "Solution": SOLUTION} for puzzle in (PUZZLE, "0" + SOLUTION[1:])]
+    assert len(tasks.load("sudoku", "test", file=write(tmp_path / "s.jsonl", *two))) == 2
 
 
 def test_generated_problems_that_a_test_file_holds_are_drawn_again(tmp_path):
@@ -718,6 +795,7 @@ def test_without_held_out_the_hub_s_test_problems_are_left_out_all_the_same(tmp_
 def test_the_hub_s_one_split_of_3to4_is_parted_by_problem(hub):
     pool = [{"nums": [a, b, 7] + [9] * (a % 2), "target": a + b}
             for a in range(1, 30) for b in range(1, 20)]
+    pool = [row for row in pool if row["nums"] == sorted(row["nums"])]       # each problem once
     hub.update(train=pool, test=pool)
     train, test = (list(tasks.load("countdown-3to4", split)) for split in ("train", "test"))
     assert sorted(map(str, train + test)) == sorted(str(r) for r in pool if len(r["nums"]) == 3)
@@ -793,7 +871,7 @@ def test_a_bad_row_is_named_by_file_and_row(tmp_path, task, name, lines, where):
     with pytest.raises(tasks.TaskError) as error:
         tasks.load(task, "train", file=file)
     message = str(error.value)
-    assert f"--train_file {file}" in message and f"row {where}" in message
+    assert f"--train_file {file}" in message and re.search(f"(row|line) {where}\\b", message)
     assert "\n" not in message
 
 
@@ -803,6 +881,7 @@ def test_a_bad_row_is_named_by_file_and_row(tmp_path, task, name, lines, where):
     ("empty.jsonl", b""), ("empty.csv", b""), ("notes.txt", b"hello"), ("bad.parquet", b"no"),
     ("array.json", b'[{"a": 1}]'), ("rows.jsonl", b"[1, 2]\n"), ("text.jsonl", b'"abc"\n'),
     ("broken.jsonl", b'{"a": 1}\n{\n'), ("deep.jsonl", b"[" * 100_000), ("no.jsonl", b"{}\n"),
+    ("null.jsonl", b'null\n{"question": "q", "answer": "3"}\n'), ("nulls.jsonl", b"null\n" * 9),
     ("huge.jsonl", b'{"question": "q", "answer": 1e999999999}'), ("blank.jsonl", b"\n\n"),
     ("head.csv", b"Puzzle,Solution\n"), ("none.jsonl", None), (".", None)])
 def test_files_that_cannot_be_read_are_one_sentence(tmp_path, capfd, name, content):
@@ -815,8 +894,16 @@ def test_files_that_cannot_be_read_are_one_sentence(tmp_path, capfd, name, conte
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("row", ["null", "3", '"q"', "[1]", "true", " null "])
+def test_a_row_that_is_no_object_is_named_by_file_and_line(tmp_path, row):
+    for line, lines in ((1, [row, ROWS["gsm8k"][0]]), (3, [ROWS["gsm8k"][0], "", row])):
+        file = write(tmp_path / "rows.jsonl", *lines)
+        with pytest.raises(tasks.TaskError, match=f"_file {file} .*line {line}: it is no"):
+            tasks.load("gsm8k", "test", file=file)
+
+
 @pytest.mark.parametrize("answers", ["refuses", "is silent", "is looked up for ever"])
-def test_an_unreachable_hub_is_one_sentence_within_seconds(monkeypatch, answers):
+def test_an_unreachable_hub_is_one_sentence_and_asked_once(monkeypatch, answers):
     monkeypatch.setattr(tasks, "HUB_SECONDS", 0.5)
     task = replace(tasks.TASKS["gsm8k"], hub={"test": "nobody/none-such main test"})
     monkeypatch.setitem(tasks.TASKS, "gsm8k", task)
@@ -825,13 +912,16 @@ def test_an_unreachable_hub_is_one_sentence_within_seconds(monkeypatch, answers)
         if answers == "is silent":
             server.listen()
         if answers == "is looked up for ever":
-            monkeypatch.setattr(huggingface_hub, "get_session", lambda: time.sleep(5))
+            monkeypatch.setattr(huggingface_hub, "get_session", threading.Event().wait)
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
-        start = time.monotonic()
+        # The client's own retries, half a minute of them, are spared: it is told to be offline.
+        asked, real = [], datasets.load_dataset
+        monkeypatch.setattr(datasets, "load_dataset", lambda *names, **split: (
+            asked.append(datasets.config.HF_HUB_OFFLINE), real(*names, **split)))
         with pytest.raises(tasks.TaskError) as error:
             tasks.load("gsm8k", "test")
-    assert time.monotonic() - start < 4 and "\n" not in str(error.value)
+    assert asked == [True] and "\n" not in str(error.value)
     assert "nobody/none-such" in str(error.value) and "--test_file" in str(error.value)
     assert not datasets.config.HF_HUB_OFFLINE                        # and the switch is back
 
@@ -883,10 +973,60 @@ def test_what_cannot_work_is_one_sentence_naming_the_flag(task, options, said):
     assert all(words in str(error.value) for words in said) and "\n" not in str(error.value)
 
 
-def test_a_batch_grader_returns_a_grade_for_each_text(monkeypatch):
-    task = replace(tasks.TASKS["gsm8k"], grade_batch=lambda texts, examples: [])
+def test_an_option_without_effect_on_a_file_is_said(tmp_path):
+    file = write(tmp_path / "t.jsonl", *NUMBERS[:3])
+    levels, said = write(tmp_path / "m.jsonl", *ROWS["math"]), " without effect on a file"
+    for task, options, effect in (
+            ("countdown", dict(file=file, max_number=50, division=False),
+             f"--max_number and --division{said}"),
+            ("countdown-3to4", dict(file=file, numbers=4), f"--numbers{said}"),
+            ("countdown", dict(file=file, numbers=3), ""), ("countdown", dict(numbers=4), ""),
+            ("math", dict(file=levels, max_level=2), "")):
+        source = tasks.load(task, "train", **options).source
+        assert source.endswith(effect) and (effect or said not in source)
+
+
+def own_grader(text, example):
+    return example["returned"]
+
+
+FINE = tasks.graded(1.0, 1, "right", "18")
+
+
+@pytest.mark.parametrize("returned", [
+    None, 3.0, (4.0, True), {"reward": 4}, *(replace(FINE, reward=reward) for reward in (
+        float("nan"), float("inf"), None, "4", [4.0], 4 + 0j))])
+def test_what_is_no_grade_or_no_number_names_the_grader_and_the_problem(monkeypatch, returned):
+    example = {"question": "How many\x1b?", "returned": returned}
+    task = replace(tasks.TASKS["gsm8k"], grade=own_grader)
+    for own in (task, replace(task, grade_batch=lambda texts, examples: [returned])):
+        monkeypatch.setitem(tasks.TASKS, "gsm8k", own)
+        with pytest.raises(tasks.TaskError) as error:
+            tasks.grade("gsm8k", "18", example)
+        grader = "<lambda>" if own.grade_batch else "own_grader"
+        for word in (f"{grader} of task gsm8k returned", repr(returned), "problem", "How many"):
+            assert word in str(error.value) and str(error.value).isprintable()
     monkeypatch.setitem(tasks.TASKS, "gsm8k", task)
-    with pytest.raises(tasks.TaskError, match="task gsm8k returned 0 grades for 1 texts"):
-        tasks.grade_batch("gsm8k", ["18"], [EXAMPLES["gsm8k"]])
+    for reward in (0, 4.0, True, Fraction(1, 2)):
+        example = {"returned": replace(FINE, reward=reward)}
+        assert tasks.grade("gsm8k", "18", example).reward == reward
+    with pytest.raises(KeyError, match="returned"):        # its own error is its own
+        tasks.grade("gsm8k", "18", {})
+
+
+@pytest.mark.parametrize("thing", [None, tasks.grade_gsm8k, tasks.Task, "gsm8k", {}])
+def test_only_a_task_can_be_registered(thing):
+    for register in (tasks.TASKS.__setitem__, lambda *item: tasks.TASKS.update([item])):
+        with pytest.raises(tasks.TaskError, match=r"TASKS\['mine'\] .*must be a tasks.Task"):
+            register("mine", thing)
+    assert "mine" not in tasks.TASKS
+
+
+def test_a_batch_grader_returns_a_grade_for_each_text(monkeypatch):
+    for returned, count in (([], 0), ([FINE, FINE], 2), (iter(()), 0)):
+        task = replace(tasks.TASKS["gsm8k"], grade_batch=lambda texts, examples: returned)
+        monkeypatch.setitem(tasks.TASKS, "gsm8k", task)
+        with pytest.raises(tasks.TaskError, match=f"gsm8k returned {count} grades for 1 texts"):
+            tasks.grade_batch("gsm8k", ["18"], [EXAMPLES["gsm8k"]])
     grades = tasks.grade_batch("gsm8k-platinum", [RIGHT["gsm8k"], "7"], [EXAMPLES["gsm8k"]] * 2)
     assert [g.correct for g in grades] == [True, False]
