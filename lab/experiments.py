@@ -492,11 +492,11 @@ LLADA = dict(C=384, m=128, block_length=12, temperature=0.6, top_k=150, top_p=0.
              questions=2, G=4, lora_r=8)
 
 
-def variance_of_random(cfg, draws):
-    """The same on a model of LLaDA's kind with random weights, which decodes as LLaDA does;
-    rewards by chance."""
+def variance_of_random(cfg, draws, scale):
+    """The same on a model of random weights that decodes as LLaDA does; of each group one, by
+    chance, is right. Its head times `scale`: as it is, all tokens are about as likely."""
     model, words = bench.build("64,192,2,4,4,1000", torch.float32, "cpu")
-    model.get_output_embeddings().weight.data *= 20             # or all tokens would be alike
+    model.get_output_embeddings().weight.data *= scale
     policy = agrpo.Policy(model, words, bench.MASK)
     models.add_adapters(policy, cfg)
     policy.eos_id, policy.fill_ids = -1, {-1}                   # nothing ends early
@@ -504,7 +504,7 @@ def variance_of_random(cfg, draws):
     B = cfg.questions * cfg.G
     q = torch.randint(3, 1000, (cfg.questions, 32)).repeat_interleave(cfg.G, dim=0)
     traj = agrpo.rollout(policy, q, torch.ones_like(q), cfg.how)
-    right = torch.rand(B).view(-1, cfg.G).argsort(dim=1) < cfg.G // 2       # half of a group
+    right = torch.rand(B).view(-1, cfg.G).argsort(dim=1) == 0
     A = agrpo.group_advantages(right.double().flatten(), cfg.G)
     return sampler_numbers(policy, traj, A, cfg, [cfg.k / 16, *(cfg.k / i for i in (8, 4, 2, 1))],
                            draws)
@@ -540,7 +540,9 @@ def variance(lab):
                             ms.get(task, (4,))[:1 if lab.quick else 3], draws)
         for task in lab.tasks() for kind, flags in kinds.items()})
     llada = dict(LLADA, **dict(C=24, m=8, k=4) if lab.quick else {})
-    random = lab.over_seeds(variance_of_random, {"random weights": (llada, draws)})
+    random = lab.over_seeds(variance_of_random, {
+        f"random weights, {nats} nats a token": (llada, draws, scale)
+        for nats, scale in ((0.6, 60), (0.2, 150))[:1 if lab.quick else 2]})
     # One record for each sampler, m and k, with the batch of rollouts that it is of.
     everything = [dict(x, cell=cell, batch=(cell, seed, x["m"]))
                   for cell, seeds in (results | random).items()
@@ -588,11 +590,12 @@ def variance(lab):
                                   if x["sampler"] == name], least))
         return geometric(np.array(found))
 
-    for what, some, k in (
-            ("k = 1, 2, 4", [x for x in trained if x["k"] in (1, 2, 4) and x["k"] < x["m"]], 4),
-            (f"random weights, LLaDA's decoding, k = {llada['k']} of {llada['m']}",
-             [x for x in everything if x["cell"] in random and x["k"] == llada["k"]],
-             llada["k"])):
+    tables = [("k = 1, 2, 4", [x for x in trained if x["k"] in (1, 2, 4) and x["k"] < x["m"]],
+               4)]
+    tables += [(f"{cell}, decoded as LLaDA, k = {llada['k']} of {llada['m']}",
+                [x for x in everything if x["cell"] == cell and x["k"] == llada["k"]],
+                llada["k"]) for cell in random]
+    for what, some, k in tables:
         if some:
             lab.note(f"{what}, {len({x['batch'] for x in some})} batches: geometric mean of the "
                      f"variance in units of the official sampler's ({OFFICIAL}) [lowest, "
