@@ -345,7 +345,8 @@ def learn_by_sampler(lab):
             for (name, k), lr in itertools.product(cells, rates)})
         lab.note(f"{task}, m = {cfg.m}, {cfg.unmasking} order: held-out accuracy sampled as "
                  f"the rollouts are, n = {cfg.eval_n}, {cfg.questions} x {cfg.G} rollouts an "
-                 f"update, seeds {lab.seeds}: mean [lowest, highest]; seconds of rollouts + loss")
+                 f"update, seeds {lab.seeds}: mean [lowest, highest]; seconds of rollouts and "
+                 "of the loss")
         rows, best = [], {}
         for (name, k, lr), found in runs.items():
             there = [one["evals"][-1] for one in found if one]
@@ -427,7 +428,8 @@ def last_step(lab):
             "AGRPO": (dict(task=task), "AGRPO"),
             "last step": (dict(task=task, updates=fewer), "last step")})
         lab.note(f"{task}, m = {cfg.m}, k = {cfg.k:g}: held-out accuracy sampled as the "
-                 f"rollouts are, n = {cfg.eval_n}, {rows} rollouts an update, seeds {lab.seeds}")
+                 f"rollouts are, n = {cfg.eval_n}, {rows} rollouts an update, seeds "
+                 f"{lab.seeds}; passes of drawing again among them")
         lab.table(("", *LEARNING, "each seed"), *(
             (name, *learning_row(found),
              " ".join("-" if one is None else f"{last(one):.1%}" for one in found))
@@ -506,8 +508,8 @@ def variance_of_random(cfg, draws, scale):
     traj = agrpo.rollout(policy, q, torch.ones_like(q), cfg.how)
     right = torch.rand(B).view(-1, cfg.G).argsort(dim=1) == 0
     A = agrpo.group_advantages(right.double().flatten(), cfg.G)
-    return sampler_numbers(policy, traj, A, cfg, [cfg.k / 16, *(cfg.k / i for i in (8, 4, 2, 1))],
-                           draws)
+    ks = [cfg.k / i for i in (16, 8, 4, 2, 1)]
+    return sampler_numbers(policy, traj, A, cfg, ks, draws)
 
 
 def reaches(points, least):
@@ -597,8 +599,8 @@ def variance(lab):
                 llada["k"]) for cell in random]
     for what, some, k in tables:
         if some:
-            lab.note(f"{what}, {len({x['batch'] for x in some})} batches: geometric mean of the "
-                     f"variance in units of the official sampler's ({OFFICIAL}) [lowest, "
+            lab.note(f"{what}, {len({x['batch'] for x in some})} batches: geometric mean of "
+                     f"the variance in units of the official sampler's ({OFFICIAL}) [lowest, "
                      "highest batch]; per pass: variance x forward passes, which merged draws "
                      f"save; and the k at which the official one's variance at k = {k} is "
                      "reached, over batches of m > k")
@@ -739,10 +741,12 @@ def compare_gradients(lab):
         lab.table(("estimator", "states", "one", "mean", "bias", "variance", "x states",
                    "expected", "reach"), *((name, *angle_row(rows[name])) for name in rows))
         found = {name: angles(parts) for name, parts in rows.items()}
-        panels[f"m = {m}"] = {name: ([x["one"]], x["mean"]) for name, x in found.items()}
+        panels[f"m = {m}"] = {name: ([x["one"]], min(1.0, x["mean"]))
+                              for name, x in found.items()}
     lab.note("states: forward passes of the loss a row. Cosines to the exact gradient of the "
              "same rollouts: one, of a single estimate; mean, of the estimates' mean, known to "
-             "about 0.02, so that a bias (its sine) under 0.2 may be none. variance: noise of "
+             "about 0.02 (drawn as 1 where above), so that a bias (its sine) under 0.2 may be "
+             "none. variance: noise of "
              "the estimate's own draws in units of |g|^2; x states: per forward. Cosines to "
              "the policy gradient over other rollouts: expected, of the mean; reach, of one "
              "estimate on one batch. [lowest, highest] of the seeds")
@@ -836,8 +840,8 @@ def some_rollout(cfg, which=22):
 
 @experiment("seconds", "--m 12 --k 4 --questions 1")
 def rollout(lab):
-    """One rollout as a grid: step x position, what each step drew and how likely it was, p_t,
-    the drawn steps with their weights."""
+    """One rollout as a grid: step x position, what each step drew and how likely it was, p as
+    if it were the whole batch, the drawn steps with their weights."""
     cfg = lab.config()
     policy, traj, row, title = some_rollout(cfg)
     # As if this rollout were the whole batch.
@@ -849,7 +853,7 @@ def rollout(lab):
     drawn, step_of = dict(zip(steps.tolist(), w.tolist())), traj.step_of[row].tolist()
     p, logp = p[row].tolist(), agrpo.per_step(traj, traj.logp_old)[row].tolist()
     lab.say(title, " ".join(names))
-    lab.table(("step", "drew", "log p", "p_t", "w"), *(
+    lab.table(("step", "drew", "log pi", "p", "w"), *(
         (t, " ".join(name for name, step in zip(names, step_of) if step == t),
          f"{logp[t]:.2f}", f"{p[t]:.3f}", f"{drawn.get(t, 0):.2f}") for t in range(cfg.m)))
     lab.finish(dict(rollout=(figures.rollout_grid(traj, row, names, p, drawn, title), 4.2)))

@@ -63,7 +63,7 @@ def lines(panels, xlabel, ylabel, log="", dashed=""):
             ax.set(title=title, xlabel=xlabel + f"   (dashed: {dashed})" * bool(dashed))
             if "x" in log:
                 ax.set_xscale("log")
-                ax.set_xticks(x, x)
+                ax.set_xticks(x, [f"1/{1 / v:.0f}" if v < 1 else v for v in x])
                 ax.minorticks_off()
         axes[0].set(ylabel=ylabel, yscale="log" if "y" in log else "linear")
         fig.canvas.draw()                                       # axis limits as they will be
@@ -130,7 +130,7 @@ def bare(ax, width, height):
 
 
 def rollout_grid(traj, row, names, p, drawn, title):
-    """Steps x positions of one rollout: what each step drew, how likely it was; beside it p_t.
+    """Steps x positions of one rollout: what each step drew, how likely it was; beside it p.
 
     p (m,); drawn {step: w}: the steps that are scored. Darker: the token was less likely.
     """
@@ -157,7 +157,7 @@ def rollout_grid(traj, row, names, p, drawn, title):
         grid.set_yticks([t + 0.5 for t in range(m)], range(m))
         grid.set(title=title, ylabel="denoising step t",
                  xlabel="position in the completion   (bold: drawn now, darker: less likely)")
-        bars.set(xlabel="$p_t$", xlim=(0, max(p) * 1.5), title="scored steps in red")
+        bars.set(xlabel="p   (of this rollout alone)", xlim=(0, max(p) * 1.5), title="scored steps in red")
         for ax in (grid, bars):
             ax.tick_params(length=0)
     return draw
