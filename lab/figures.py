@@ -157,7 +157,8 @@ def rollout_grid(traj, row, names, p, drawn, title):
         grid.set_yticks([t + 0.5 for t in range(m)], range(m))
         grid.set(title=title, ylabel="denoising step t",
                  xlabel="position in the completion   (bold: drawn now, darker: less likely)")
-        bars.set(xlabel="p   (of this rollout alone)", xlim=(0, max(p) * 1.5), title="scored steps in red")
+        bars.set(xlabel="p   (of this rollout alone)", xlim=(0, max(p) * 1.5),
+                 title="scored steps in red")
         for ax in (grid, bars):
             ax.tick_params(length=0)
     return draw
