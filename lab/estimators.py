@@ -28,6 +28,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "lab")]
 import agrpo
 from tasks import TaskError
 
+NOTHING = agrpo.Seen(*torch.zeros(3, 0, 1), 0)
+
+
 class States(NamedTuple):
     """K masked states of each row's finished o, and how much each token in them counts."""
     hidden: torch.Tensor               # (B, K, C) bool: what is [MASK] in the state
@@ -35,9 +38,6 @@ class States(NamedTuple):
     A: torch.Tensor                    # (B,) advantages; a row of A = 0 costs no forward
     weigh: Optional[Callable] = None   # (logp (n, K, C), rows (n,)) -> w of these rows
     q: Optional[torch.Tensor] = None   # (B, P) another prompt than the rollout's
-
-
-NOTHING = agrpo.Seen(*torch.zeros(3, 0, 1), 0)
 
 
 def score_states(policy, traj, cfg, states):
@@ -427,12 +427,18 @@ SAMPLERS += [("surprise", "group"), ("entropy", "batch"), ("surprise", "batch"),
              ("true norm", "systematic"), ("true norm", "batch")]
 
 
+def within_rows(x):
+    """Every row of x (B, m) divided by its sum; zeros stay."""
+    return (x / x.sum(dim=1, keepdim=True)).nan_to_num()
+
+
 def row_probs(traj, follow, floor=0.1):
     """agrpo.timestep_probs within each row: p (B, m) of which every row sums to 1."""
-    every = [agrpo.Trajectory(*(None if x is None else x[i:i + 1] for x in traj[:-1]), traj.how)
-             for i in range(len(traj.o))]
-    one = torch.ones(1, dtype=torch.float64, device=traj.o.device)
-    return torch.cat([agrpo.timestep_probs(row, one, follow, floor) for row in every])
+    one = torch.ones(len(traj.o), dtype=torch.float64, device=traj.o.device)
+    weight, uniform = (within_rows(agrpo.timestep_probs(traj, one, what, floor=0.0))
+                       for what in (follow, "uniform"))
+    mixed = (1 - floor) * weight + floor * uniform
+    return torch.where(weight.any(dim=1, keepdim=True), mixed, uniform)
 
 
 def offsets(B, k, points, rand=agrpo.uniforms):
@@ -469,16 +475,15 @@ def sampler_probs(traj, A, G, norms):
     """
     group = torch.arange(len(A), device=A.device) // G
     sizes = dict(batch=A.abs()[None], group=A.abs() * (group == group[::G, None]))
+    rows = {follow: row_probs(traj, follow) * (A != 0)[:, None] for follow in agrpo.FOLLOW}
     found = {}
     for follow, points in SAMPLERS:
         if follow == "true norm":
-            p = norms if points == "batch" else norms / norms.sum(dim=1, keepdim=True)
-            p = norms[None] / norms.sum() if points == "batch" else p.nan_to_num()
+            p = norms[None] / norms.sum() if points == "batch" else within_rows(norms)
         elif points in TOGETHER:
             p = torch.stack([agrpo.timestep_probs(traj, of, follow) for of in sizes[points]])
         else:
-            p = found.get((follow, "iid"))
-            p = row_probs(traj, follow) * (A != 0)[:, None] if p is None else p
+            p = rows[follow]
         found[follow, points] = p
     return found
 
