@@ -395,7 +395,8 @@ def fresh(cfg, cells):
             for (name, k), e, sq, c in zip(cells, total, square, passes)}
 
 
-@experiment("an hour, in pieces", "", "--task countdown --updates 2 --questions 3 --eval_n 20")
+@experiment("an hour, in pieces", "--k 1",
+            "--task countdown --updates 2 --questions 3 --eval_n 20")
 def last_step(lab):
     """Each row's last step drawn K = 8 times from its own state: the variance over fresh
     rollouts beside AGRPO's; learning with it at equal forward passes."""
