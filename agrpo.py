@@ -709,7 +709,7 @@ class Config:
     beta: float = 0.0                  # weight of the KL to the base model
     divide_by_std: bool = False        # advantages as in GRPO; biased
     # --- optimisation: AdamW, betas 0.9 and 0.99
-    updates: int = 450                 # of the weights, mu steps each
+    updates: int = 500                 # of the weights, mu steps each
     lr: float = 1.5e-3                 # peak; 1 % warm-up, then cosine to 0
     weight_decay: float = 0.01         # official code
     max_grad_norm: float = 1.0         # official code

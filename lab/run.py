@@ -101,7 +101,7 @@ PRESETS = {
         eval_sampled=False),
 }
 TINY = {
-    "countdown": dict(C=12, m=2, k=0.5, lr=1.5e-3, updates=450, max_number=16,
+    "countdown": dict(C=12, m=2, k=0.5, lr=1.5e-3, updates=500, max_number=16,
                       division=False),
     "sudoku": dict(C=20, m=2, k=0.5, empties=10, unmasking="max_prob", updates=250),
 }
