@@ -531,7 +531,7 @@ SHOWN = {"uniform, iid": "uniform, iid", "official": OFFICIAL,
          "by row": "surprise, systematic", "AGRPO": "surprise, batch"}      # in the picture
 
 
-@experiment("8 minutes", "--questions 8 --updates 20 --k 1",
+@experiment("20 minutes", "--questions 8 --updates 20 --k 1",
             "--task countdown --questions 3 --G 4 --updates 2")
 def variance(lab):
     """Relative variance of the estimate against the exact gradient of all steps, for every
