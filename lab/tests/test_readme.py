@@ -43,7 +43,7 @@ def run_sh(tmp_path_factory):
     for name in ("run.sh", "requirements.txt"):
         shutil.copy(ROOT / name, folder)
     python = folder / ".venv" / "bin" / "python"
-    python.write_text('#!/bin/sh\nprintf "PYTHON %s\\n" "$@"\n')
+    python.write_text('#!/bin/sh\necho CALL\nprintf "PYTHON %s\\n" "$@"\n')
     python.chmod(0o755)
     with open(folder / "requirements.txt") as wanted:           # as if it were installed
         stamp = subprocess.run(["cksum"], stdin=wanted, capture_output=True, check=True).stdout
@@ -53,7 +53,7 @@ def run_sh(tmp_path_factory):
         argv = ["bash", folder / "run.sh", *words]
         done = subprocess.run(argv, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        lines = done.stdout.splitlines()
+        lines = done.stdout.rpartition("CALL\n")[2].splitlines()            # the last one
         return [line[7:] for line in lines if line.startswith("PYTHON ")]
     return call
 
