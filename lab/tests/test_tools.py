@@ -415,7 +415,7 @@ def test_a_plan_needs_no_more_than_a_config(shelf, tmp_path, monkeypatch):
     for part in ("4 rows of 512 + 384", " 8 rows at a time", "a GPU of 24.0 GB",
                  "8,015.6 M parameters: 15.0 GB in bfloat16", "in float32 2.1 GB",
                  "167.8 M on 224 layers", "activations recomputed",
-                 "on an H200  17.3 minutes an update",
+                 "on an H200  13.4 minutes an update",
                  "2.0 GB for a checkpoint, 16.0 GB for the model"):
         assert part in big.out
     (tmp_path / "config.json").write_text((Path(shelf.model) / "config.json").read_text())
