@@ -13,7 +13,7 @@ bash run.sh COMMAND [flags]          times on 2 CPU cores with the tiny model
   countdown       train on Countdown: three numbers, one target             2 minutes
   sudoku          train on 4x4 Sudoku                                       2 minutes
   gsm8k, math     train on word problems: with --preset llada or qwen, on a GPU
-  antibody        steer a real pretrained model, AntiBERTy (97 MB)          10 minutes
+  antibody        steer a real pretrained model, AntiBERTy (97 MB)          2 minutes
   FILE.py         train on a task of your own
   walkthrough     AGRPO step by step, one page in runs/walkthrough.html     a minute
   eval            a model, or base beside --adapter, at several --steps     a minute

@@ -1,4 +1,4 @@
-"""Steer a real masked language model on a laptop: `bash run.sh antibody`, ten minutes, no GPU.
+"""Steer a real masked language model on a laptop: `bash run.sh antibody`, minutes, no GPU.
 
     E V Q L L E S G .. A V Y Y C A K               prompt: a V segment, as it is inherited
     D R G G Y S S Y F D Y W G Q G T L V T V S S    answer: a loop of 11 residues, an end of 11
