@@ -47,10 +47,10 @@ walkthrough() {  # lab/walkthrough.py, executed, as one page
             $(sed -n 's/^# walkthrough: //p' requirements.txt)
     export IPYTHONDIR=$keep JUPYTER_DATA_DIR=$keep JUPYTER_CONFIG_DIR=$keep
     export PYTHONWARNINGS="ignore:IProgress not found"          # tqdm's, of a notebook
-    "$python" -m jupytext --quiet --to ipynb --output - lab/walkthrough.py |
-        "$python" -m nbconvert --execute --stdin --to html --output-dir runs \
-            --output walkthrough --log-level=ERROR \
-            --ExecutePreprocessor.extra_arguments=--log-level=ERROR
+    mkdir -p "$keep"
+    "$python" -m jupytext --quiet --to ipynb --output "$keep/walkthrough.ipynb" lab/walkthrough.py
+    "$python" -m nbconvert --execute --to html --output-dir runs --log-level=ERROR \
+        --ExecutePreprocessor.extra_arguments=--log-level=ERROR "$keep/walkthrough.ipynb"
     rm -rf "$keep"
     echo "written to runs/walkthrough.html"
 }
