@@ -79,7 +79,7 @@ def load_model(cfg):
     name, folder = f"--model {cfg.model}", local_folder(cfg.model)
     source, where = str(folder or cfg.model), {}
     if folder and cfg.revision:
-        raise TaskError(f"--revision is for names of the hub, {name} is a folder: leave it out")
+        raise TaskError(f"--revision is for a name of the hub, {name} is a folder: leave it out")
     if folder is None:                 # hub out of reach: the cache, or an error at once
         where = dict(revision=cfg.revision or KNOWN.get(cfg.model),
                      local_files_only=not tasks.hub_answers(huggingface_hub))

@@ -233,8 +233,6 @@ def check(cfg, typed):
         (cfg.adapter and not cfg.lora_r, "--adapter needs --lora_r above 0"),
         (not cfg.lora_r and cfg.dtype != "float32",
          f"--lora_r 0: small steps of all weights vanish in {cfg.dtype}; use --dtype float32"),
-        (cfg.revision and models.local_folder(cfg.model),
-         f"--revision is for a name of the hub, --model {cfg.model} is a folder: leave it out"),
         (not re.fullmatch(r"\d+(,\d+)*", cfg.steps),
          f"--steps {cfg.steps} must be numbers with commas between, as in 12,6,3")]
     # A task that reads both files makes no problems of its own.
@@ -784,8 +782,9 @@ def run(cfg):
     """Train, or go on where the folder's checkpoint stands, to the same numbers -> exit code"""
     # The first process has the folder; each has the data and the model.
     join_processes(cfg)
-    mine = folder_of_my_own(Path(cfg.out)) if processes()[0] == 0 else contextlib.nullcontext()
-    with mine, heard_signals() as heard:
+    first = processes()[0] == 0
+    folder = folder_of_my_own(Path(cfg.out)) if first else contextlib.nullcontext()
+    with folder, heard_signals() as heard:
         test = data = load_test(cfg)
         if cfg.updates:
             data = load_training(cfg, test)
