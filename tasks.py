@@ -231,7 +231,8 @@ def grade_countdown(text, example):
     try:
         if len(answer) > 500:
             raise SyntaxError("too long")
-        answer = unwrap(answer)
+        if re.search(r"[^-+*/() 0-9=]|\*\*", answer):    # most need no unwrapping
+            answer = unwrap(answer)
         left, stated = re.fullmatch("([^=]*)(?:= ?(-?[0-9]+))?", answer).groups()
         value, used = calculate(left)
         # Every number exactly once: compared as multisets.

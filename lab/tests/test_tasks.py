@@ -22,7 +22,7 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -224,6 +224,15 @@ def test_countdown_agrees_with_all_expressions_of_three_numbers(nums):
             example = {"nums": list(nums), "target": target}
             assert grade("countdown", text, example).correct == (value == target), text
             assert not grade("countdown", text, {**example, "target": target + 1}).correct
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.text("-+*/() =0157", max_size=16))
+@example("**7 + 5 - 1**")
+def test_what_needs_no_unwrapping_is_graded_as_if_it_were_unwrapped(answer):
+    problem = {"nums": [7, 5, 1], "target": 11}
+    plain, in_dollars = (grade("countdown", x, problem) for x in (answer, f"${answer}$"))
+    assert plain == in_dollars
 
 
 # --- Sudoku -----------------------------------------------------------------------------------
