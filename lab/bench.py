@@ -13,7 +13,7 @@ update   seconds of one rollout and of one loss (forward and backward of B k pai
          policy, with the same random weights, pairs and draws, in turn; and the official code's
          way: LM head in the model's dtype on all positions, one forward a timestep, no two rows
          in one. For nobody does a row end early or a group have no gradient. Then the same
-         beside the official way at equal variance: by --equal_k timesteps of ours.
+         beside the official way at equal variance: with as few timesteps of ours, --equal_k.
 count    a rollout step and a loss pass of an 8B model on tensors without memory: bytes read and
          written, FLOPs by dtype, and what a model of an H100 takes for them; with float32
          adapters as peft leaves them and under agrpo.py's bf16 autocast. On a GPU the
@@ -300,15 +300,15 @@ def policies(args, cfg):
     return made
 
 
-# At this share of its timesteps AGRPO has the variance of the official sampler, as `bash run.sh
-# lab variance` found on the tiny model at k = 4; about a half with random weights at k = 24.
-EQUAL = 0.15
+# With these shares of its timesteps AGRPO has the variance of the official sampler, as `bash
+# run.sh lab variance` found: the tiny model at k = 4, random weights at k = 24 of m = 128.
+EQUAL = 0.15, 0.5
 
 
 def bench_update(args, cfg):
     if cfg.k % 1:
         raise TaskError(f"--k {cfg.k:g}: each row has as many timesteps here, give a whole one")
-    equal_k = args.equal_k or EQUAL * cfg.k
+    few = [args.equal_k] if args.equal_k else [share * cfg.k for share in EQUAL]
     everyone = policies(args, cfg)
     model = everyone["Policy"].model
     size = sum(p.numel() for p in model.parameters() if not p.requires_grad)
@@ -329,16 +329,17 @@ def bench_update(args, cfg):
     q = torch.randint(3, len(weights), (args.B, args.P), generator=rng).to(cfg.device)
     A = torch.linspace(-1, 1, args.B, dtype=torch.float64).to(cfg.device)
     pairs = [x.reshape(args.B, -1).t().flatten() for x in evenly(args.B, cfg.m, round(cfg.k))]
-    fewer = evenly(args.B, cfg.m, equal_k)
-    pairs, fewer = ([x.to(cfg.device) for x in each] for each in (pairs, fewer))
+    pairs, *fewer = ([x.to(cfg.device) for x in each]
+                     for each in (pairs, *(evenly(args.B, cfg.m, k) for k in few)))
     runs = {name: [] for name in everyone}
     for _ in range(weights.is_cuda + args.rounds):      # the first on a GPU warms it up
         for name, policy in everyone.items():
             runs[name].append(one_update(policy, q, A, pairs, fewer, cfg))
     runs = {name: found[-args.rounds:] for name, found in runs.items()}
     print_updates({name: [timed for timed, _ in found] for name, found in runs.items()})
-    print_equal({name: [(rollout, equal) for (rollout, *_), equal in found]
-                 for name, found in runs.items()}, equal_k)
+    for i, k in enumerate(few):
+        print_equal({name: [(rollout, equal[i]) for (rollout, *_), equal in found]
+                     for name, found in runs.items()}, k)
 
 
 def evenly(B, m, k):
@@ -356,7 +357,7 @@ def now():
 
 def one_update(policy, q, A, pairs, fewer, cfg):
     """Seconds of rollout and of loss, max |rho - 1|, GiB at the peak beside the weights; and
-    seconds of the loss of `fewer` pairs, which the official way has not."""
+    seconds of the loss of each of `fewer` pairs, which the official way has not."""
     if q.is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -367,14 +368,17 @@ def one_update(policy, q, A, pairs, fewer, cfg):
         ratio = one_pass_a_timestep(policy, traj, A, pairs, cfg.micro_batch)
     else:
         ratio = agrpo.add_gradient(policy, traj, A, pairs, cfg.eps, cfg.micro_batch).ratio
-    end = equal = now()
+    end = now()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**30 if q.is_cuda else 0.0
+    equal = [end - rolled] * len(fewer)
     if not isinstance(policy, OfficialWay):
-        agrpo.add_gradient(policy, traj, A, fewer, cfg.eps, cfg.micro_batch)
-        equal = now()
+        for i, few in enumerate(fewer):
+            began = now()
+            agrpo.add_gradient(policy, traj, A, few, cfg.eps, cfg.micro_batch)
+            equal[i] = now() - began
     policy.model.zero_grad(set_to_none=True)
     timed = rolled - start, end - rolled, (ratio - 1).abs().max().item(), peak
-    return timed, equal - end or end - rolled
+    return timed, equal
 
 
 def print_updates(runs):
@@ -529,7 +533,7 @@ def main(argv=None):
                         help="classes of lab/policies.py [%(default)s]")
     parser.add_argument("--equal_k", type=float, help="timesteps a row with which AGRPO's "
                         "draws are no noisier than the official way's at --k "
-                        f"[{EQUAL} of --k]")
+                        f"[{' and '.join(map(str, EQUAL))} of --k]")
     for name, default, about in (("B", 8, "rows"), ("P", 200, "tokens of a prompt"),
                                  ("rounds", 3, "updates of each policy")):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{about} [{default}]")

@@ -251,14 +251,17 @@ def learn(cfg, estimator, how=None):
     # Before the first update, then after each quarter of them.
     how, every = how or cfg.how, max(1, cfg.updates // 4)
     evals, passes, seconds = [], 0, [0.0, 0.0]                  # of rollouts, of the loss
+    right = []                                                  # shares of the rollouts
 
     def evaluate(update):
         evals.append(dict(update=update, passes=passes, seconds=sum(seconds), parts=seconds,
+                          right=mean(right[-every:] or [0.0]),
                           accuracy=accuracy(policy, test, cfg, how)))
 
     evaluate(0)
     gradient = gradient_of(estimator, policy, data, cfg)
     for now in agrpo.train(policy, data, cfg, params, optimizer, gradient=gradient):
+        right.append(mean(grade.correct for grade in now.grades))
         pairs = sum(len(seen.ratio) for seen in now.seen)
         passes += rollout_passes(estimator, cfg) + 3 * pairs
         seconds = [a + b for a, b in zip(seconds, now.seconds)]
@@ -321,8 +324,9 @@ def sweep(lab):
 
 # --- learn_by_sampler: what does less noise of the timesteps buy? -----------------------------
 
-# (sampler, k) at few steps, as the task's own preset has them, and at many.
-FEW = [("by row", 1), ("AGRPO", 1), ("AGRPO", 0.5)]
+# (sampler, k) at few steps, as the task's own preset has them, and at many. With every step the
+# timesteps bring no noise.
+FEW = [("by row", 1), ("AGRPO", 1), ("AGRPO", 0.5), ("every step", 2)]
 MANY = [("by row", 4), ("AGRPO", 4), ("by row", 1), ("AGRPO", 1)]
 
 
@@ -342,23 +346,25 @@ def learn_by_sampler(lab):
         rates = [cfg.lr, cfg.lr / 2][:1 if lab.quick else 2 - many]
         runs = lab.over_seeds(learn, {
             (name, k, lr): (dict(flags, k=k, lr=lr), name)
-            for (name, k), lr in itertools.product(cells, rates)})
+            for (name, k), lr in itertools.product(cells, rates)
+            if name != "every step" or lr == cfg.lr})
         lab.note(f"{task}, m = {cfg.m}, {cfg.unmasking} order: held-out accuracy sampled as "
                  f"the rollouts are, n = {cfg.eval_n}, {cfg.questions} x {cfg.G} rollouts an "
-                 f"update, seeds {lab.seeds}: mean [lowest, highest]; seconds of rollouts and "
-                 "of the loss")
+                 f"update, seeds {lab.seeds}: mean [lowest, highest]; share right of the "
+                 "rollouts in the last quarter; seconds of rollouts and of the loss")
         rows, best = [], {}
         for (name, k, lr), found in runs.items():
             there = [one["evals"][-1] for one in found if one]
             parts = np.mean([end["parts"] for end in there], axis=0) if there else ("-", "-")
             each = " ".join("-" if one is None else f"{last(one):.1%}" for one in found)
-            rows.append((f"{name}, k = {k}", f"{lr:.2g}", *learning_row(found)[:-1], each,
+            right = spread([one and one["evals"][-1].get("right") for one in found])
+            rows.append((f"{name}, k = {k}", f"{lr:.2g}", *learning_row(found)[:-1], each, right,
                          " + ".join(f"{x:.0f}" if there else x for x in parts)))
             # The better learning rate, for each alike, is drawn.
             if there and mean(end["accuracy"] for end in there) > best.get((name, k), (-1,))[0]:
                 best[name, k] = (mean(end["accuracy"] for end in there),
                                  [one["evals"] for one in found if one])
-        lab.table(("", "lr", *LEARNING[:-1], "each seed", "seconds"), *rows)
+        lab.table(("", "lr", *LEARNING[:-1], "each seed", "rollouts", "seconds"), *rows)
         if best:
             panels = pictures.setdefault("learn_by_sampler" + "_many" * many, {})
             panels[f"{task}, m = {cfg.m}"] = {f"{name}, k = {k}": evals

@@ -619,8 +619,10 @@ def test_the_benchmark_times_an_update_of_every_policy(capsys):
     size = "--B 2 --P 5 --C 12 --m 4 --block_length 6 --k 2 --rounds 1 --lora_r 4"
     bench.main(["update", "--shape", "tiny", "--device", "cpu", *size.split()])
     shown = capsys.readouterr().out.splitlines()
-    # Below the seconds stands a second table, of equal variance.
-    end = next(i for i, line in enumerate(shown) if line.startswith("at equal variance"))
+    # Below the seconds stand tables of equal variance: with 0.15 and 0.5 of k.
+    equal = [i for i, line in enumerate(shown) if line.startswith("at equal variance")]
+    assert [shown[i].split()[3] for i in equal] == ["0.3", "1"]
+    end = equal[0]
     lines = {line[:18].strip(): line[18:].split() for line in shown[:end]}
     for name in ("official way", "Policy", "BlockCausal", "FrozenBlockCausal", "FrozenContext"):
         assert float(lines[name][-2]) < 1e-5                         # max |rho - 1|
