@@ -322,6 +322,52 @@ def sweep(lab):
     lab.finish(dict(sweep=accuracy_lines({cfg.task: evals}, "passes")) if evals else {})
 
 
+# --- How noisy is one update, its rollouts' own noise included? -------------------------------
+
+ALL = 100                              # so many timesteps a row that every pair is drawn
+
+
+def fresh(cfg, cells):
+    """{cell: [E |e|^2, variance of e, passes a row]} of estimates e on fresh rollouts of one
+    policy, a batch an update; cells (estimator, k)."""
+    cfg, batches = replace(cfg, lora_r=0), cfg.updates
+    policy, data, _, params, optimizer = load(cfg)
+    gradients = [gradient_of(name, policy, data, cfg) for name, _ in cells]
+    total, square, passes = [0.0] * len(cells), [0.0] * len(cells), [0.0] * len(cells)
+
+    def measure(policy, traj, A, cfg, rand):
+        for i, (gradient, (name, k)) in enumerate(zip(gradients, cells)):
+            seen = gradient(policy, traj, A, replace(cfg, k=k), rand)
+            e = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                           for p in params]).double()
+            for p in params:
+                p.grad = None
+            total[i], square[i] = total[i] + e, square[i] + (e @ e).item()
+            passes[i] += (rollout_passes(name, cfg) + 3 * len(seen.ratio)) / len(A)
+        return NOTHING
+    list(agrpo.train(policy, data, cfg, params, optimizer, gradient=measure))
+    n = batches
+    return {f"{name}, k = {k}": [sq / n, (sq - (e @ e).item() / n) / (n - 1), c / n]
+            for (name, k), e, sq, c in zip(cells, total, square, passes)}
+
+
+def over_rollouts(lab, cells, **flags):
+    """The table of `fresh`, in units of the first cell's variance."""
+    batches = 3 if lab.quick else 24
+    cfg = lab.config(**flags)
+    found = [x for x in lab.pieces(fresh, [
+        (lab.config(**flags, seed=seed, updates=batches), cells) for seed in lab.seeds]) if x]
+    lab.note(f"{cfg.task}, m = {cfg.m}, all parameters of the base model: variance over fresh "
+             f"rollouts, {len(lab.seeds)} seeds x {batches} batches of {cfg.questions * cfg.G}, "
+             "in units of the first: mean [lowest, highest]; passes a row, those of drawing "
+             "again among them")
+    names = [f"{name}, k = {k}" for name, k in cells]
+    lab.table(("", "variance", "passes"), *(
+        (name.replace(f", k = {ALL}", ", all steps"),
+         spread([x[name][1] / x[names[0]][1] for x in found], ".2f"),
+         f"{np.mean([x[name][2] for x in found]):.2f}") for name in names if found))
+
+
 # --- learn_by_sampler: what does less noise of the timesteps buy? -----------------------------
 
 # (sampler, k) at few steps, as the task's own preset has them, and at many. With every step the
@@ -334,8 +380,11 @@ MANY = [("by row", 4), ("AGRPO", 4), ("by row", 1), ("AGRPO", 1)]
             "--task countdown --updates 2 --questions 3 --eval_n 20")
 def learn_by_sampler(lab):
     """Learning with k timesteps of every row, and with as many spread over the batch (AGRPO):
-    each task as `bash run.sh` trains it, at two learning rates; then at many steps."""
+    each task as `bash run.sh` trains it, at two learning rates; then at many steps. And how
+    noisy an update is with each."""
     pictures = {}
+    for task in lab.tasks():
+        over_rollouts(lab, [("every step", ALL), *FEW[:3], ("AGRPO", 0.25)], task=task)
     for many, task in itertools.product((False, True), lab.tasks()):
         flags, cells = dict(task=task), FEW
         if many:                       # by max_prob Sudoku's groups are all right there: dead
@@ -374,57 +423,16 @@ def learn_by_sampler(lab):
 
 # --- last_step: the rollouts' own noise -------------------------------------------------------
 
-ALL = 100                              # so many timesteps a row that every pair is drawn
-
-
-def fresh(cfg, cells):
-    """{cell: [E |e|^2, variance of e, passes a row]} of estimates e on fresh rollouts of one
-    policy, a batch an update; cells (estimator, k)."""
-    cfg, batches = replace(cfg, lora_r=0), cfg.updates
-    policy, data, _, params, optimizer = load(cfg)
-    gradients = [gradient_of(name, policy, data, cfg) for name, _ in cells]
-    total, square, passes = [0.0] * len(cells), [0.0] * len(cells), [0.0] * len(cells)
-
-    def measure(policy, traj, A, cfg, rand):
-        for i, (gradient, (name, k)) in enumerate(zip(gradients, cells)):
-            seen = gradient(policy, traj, A, replace(cfg, k=k), rand)
-            e = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-                           for p in params]).double()
-            for p in params:
-                p.grad = None
-            total[i], square[i] = total[i] + e, square[i] + (e @ e).item()
-            passes[i] += (rollout_passes(name, cfg) + 3 * len(seen.ratio)) / len(A)
-        return NOTHING
-    list(agrpo.train(policy, data, cfg, params, optimizer, gradient=measure))
-    n = batches
-    return {f"{name}, k = {k}": [sq / n, (sq - (e @ e).item() / n) / (n - 1), c / n]
-            for (name, k), e, sq, c in zip(cells, total, square, passes)}
-
-
 @experiment("an hour, in pieces", "--k 1",
             "--task countdown --updates 2 --questions 3 --eval_n 20")
 def last_step(lab):
     """Each row's last step drawn K = 8 times from its own state: the variance over fresh
     rollouts beside AGRPO's; learning with it at equal forward passes."""
     cells = [("every step", ALL), ("last step", ALL), ("AGRPO", 1), ("last step", 1)]
-    names = [f"{name}, k = {k}" for name, k in cells]
-    batches, panels = 3 if lab.quick else 24, {}
+    panels = {}
     for task, m in (("countdown", 2), ("countdown", 4), ("sudoku", 2)):
-        if task not in lab.tasks() or lab.quick and m > 2:
-            continue
-        cfg = lab.config(task=task, m=m)
-        calls = [(lab.config(task=task, m=m, seed=seed, updates=batches), cells)
-                 for seed in lab.seeds]
-        found = [x for x in lab.pieces(fresh, calls) if x]
-        lab.note(f"{task}, m = {m}, all parameters of the base model: variance over fresh "
-                 f"rollouts, {len(lab.seeds)} seeds x {batches} batches of "
-                 f"{cfg.questions * cfg.G}, in units of AGRPO's with all steps: mean [lowest, "
-                 "highest]; passes a row, that of drawing again among them")
-        lab.table(("", "variance", "passes"), *(
-            (name.replace(f", k = {ALL}", ", all steps"),
-             spread([x[name][1] / x[names[0]][1] for x in found], ".2f"),
-             f"{np.mean([x[name][2] for x in found]):.2f}")
-            for name in names if found))
+        if task in lab.tasks() and not (lab.quick and m > 2):
+            over_rollouts(lab, cells, task=task, m=m)
     for task in lab.tasks():
         cfg = lab.config(task=task)
         # As many updates as the same passes are.
