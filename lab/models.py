@@ -350,12 +350,12 @@ class LoraProduct(torch.autograd.Function):
     def forward(ctx, x, W, bias, A, B, s):
         ctx.save_for_backward(x, W, A, B)
         ctx.s = s
-        return torch.nn.functional.linear(x, torch.addmm(W, B, A, alpha=s), bias)
+        return torch.nn.functional.linear(x, W + s * (B @ A), bias)
 
     @staticmethod
     def backward(ctx, dy):
         x, W, A, B = ctx.saved_tensors
-        dx = dy @ torch.addmm(W, B, A, alpha=ctx.s)
+        dx = dy @ (W + ctx.s * (B @ A))
         x, dy = x.flatten(0, -2), ctx.s * dy.flatten(0, -2)                 # (tokens, ...)
         return dx, None, None, (dy @ B).T @ x, dy.T @ (x @ A.T), None
 
