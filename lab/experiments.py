@@ -427,7 +427,7 @@ def learn_by_sampler(lab):
             "--task countdown --updates 2 --questions 3 --eval_n 20")
 def last_step(lab):
     """Each row's last step drawn K = 8 times from its own state: the variance over fresh
-    rollouts beside AGRPO's; learning with it at equal forward passes."""
+    rollouts beside AGRPO's; learning with it at equal forward passes and at equal seconds."""
     cells = [("every step", ALL), ("last step", ALL), ("AGRPO", 1), ("last step", 1)]
     panels = {}
     for task, m in (("countdown", 2), ("countdown", 4), ("sudoku", 2)):
@@ -435,13 +435,15 @@ def last_step(lab):
             over_rollouts(lab, cells, task=task, m=m)
     for task in lab.tasks():
         cfg = lab.config(task=task)
-        # As many updates as the same passes are.
+        # As many updates as the same passes are; and as the same seconds are, for an update with
+        # it takes 1.75 times as long here: K = 8 times the texts are graded too.
         rows = cfg.questions * cfg.G
-        share = (cfg.m + 3 * cfg.k) / (cfg.m + 1 + 3 * cfg.k)
-        fewer = max(1, round(cfg.updates * share))
+        passes = (cfg.m + 1 + 3 * cfg.k) / (cfg.m + 3 * cfg.k)
         runs = lab.over_seeds(learn, {
             "AGRPO": (dict(task=task), "AGRPO"),
-            "last step": (dict(task=task, updates=fewer), "last step")})
+            **{f"last step, equal {what}": (
+                dict(task=task, updates=max(1, round(cfg.updates / ratio))), "last step")
+               for what, ratio in dict(passes=passes, seconds=1.75).items()}})
         lab.note(f"{task}, m = {cfg.m}, k = {cfg.k:g}: held-out accuracy sampled as the "
                  f"rollouts are, n = {cfg.eval_n}, {rows} rollouts an update, seeds "
                  f"{lab.seeds}; passes of drawing again among them")

@@ -65,6 +65,8 @@ def lines(panels, xlabel, ylabel, log="", dashed=""):
                 ax.set_xscale("log")
                 ax.set_xticks(x, [f"1/{1 / v:.0f}" if v < 1 else v for v in x])
                 ax.minorticks_off()
+            else:
+                ax.locator_params(axis="x", nbins=4)            # long numbers need room
         axes[0].set(ylabel=ylabel, yscale="log" if "y" in log else "linear")
         fig.canvas.draw()                                       # axis limits as they will be
         # Beside the last panel is room for the names.
