@@ -376,7 +376,7 @@ FEW = [("by row", 1), ("AGRPO", 1), ("AGRPO", 0.5), ("every step", 2)]
 MANY = [("by row", 4), ("AGRPO", 4), ("by row", 1), ("AGRPO", 1)]
 
 
-@experiment("2 hours, in pieces", "",
+@experiment("3 hours, in pieces", "",
             "--task countdown --updates 2 --questions 3 --eval_n 20")
 def learn_by_sampler(lab):
     """Learning with k timesteps of every row, and with as many spread over the batch (AGRPO):
