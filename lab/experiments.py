@@ -235,6 +235,14 @@ def gradient_of(name, policy, data, cfg):
     return partial(estimators.last_step, rewards=rewards)
 
 
+def take_gradient(params):
+    """Their .grad as one float64 vector; none is left."""
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    for p in params:
+        p.grad = None
+    return torch.cat([g.flatten() for g in grads]).double()
+
+
 def rollout_passes(name, cfg):
     """Of an update. To draw a last step again costs one here, and none in a rollout."""
     return cfg.questions * cfg.G * (cfg.m + (name == "last step"))
@@ -338,10 +346,7 @@ def fresh(cfg, cells):
     def measure(policy, traj, A, cfg, rand):
         for i, (gradient, (name, k)) in enumerate(zip(gradients, cells)):
             seen = gradient(policy, traj, A, replace(cfg, k=k), rand)
-            e = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-                           for p in params]).double()
-            for p in params:
-                p.grad = None
+            e = take_gradient(params)
             total[i], square[i] = total[i] + e, square[i] + (e @ e).item()
             passes[i] += (rollout_passes(name, cfg) + 3 * len(seen.ratio)) / len(A)
         return NOTHING
@@ -438,12 +443,11 @@ def last_step(lab):
         # As many updates as the same passes are; and as the same seconds are, for an update with
         # it takes 1.75 times as long here: K = 8 times the texts are graded too.
         rows = cfg.questions * cfg.G
-        passes = (cfg.m + 1 + 3 * cfg.k) / (cfg.m + 3 * cfg.k)
-        runs = lab.over_seeds(learn, {
-            "AGRPO": (dict(task=task), "AGRPO"),
-            **{f"last step, equal {what}": (
-                dict(task=task, updates=max(1, round(cfg.updates / ratio))), "last step")
-               for what, ratio in dict(passes=passes, seconds=1.75).items()}})
+        passes, variants = cfg.m + 3 * cfg.k, {"AGRPO": (dict(task=task), "AGRPO")}
+        for what, price in ("passes", (passes + 1) / passes), ("seconds", 1.75):
+            fewer = max(1, round(cfg.updates / price))
+            variants[f"last step, equal {what}"] = dict(task=task, updates=fewer), "last step"
+        runs = lab.over_seeds(learn, variants)
         lab.note(f"{task}, m = {cfg.m}, k = {cfg.k:g}: held-out accuracy sampled as the "
                  f"rollouts are, n = {cfg.eval_n}, {rows} rollouts an update, seeds "
                  f"{lab.seeds}; passes of drawing again among them")
@@ -665,10 +669,7 @@ def directions(cfg, names, batches, draws):
 
     def take(name, *batch):
         seen = ESTIMATORS[name](policy, *batch)
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
-        for p in params:
-            p.grad = None
-        return torch.cat([g.flatten() for g in grads]).double(), len(seen.ratio)
+        return take_gradient(params), len(seen.ratio)
 
     def measure(policy, *batch):
         g, _ = take("every step", *batch)
